@@ -1,0 +1,1 @@
+"""Object stores: bytes under names.  Nothing here knows what a page is."""

@@ -1,0 +1,1 @@
+"""The replicating SQLite VFS: a doorbell and a gate around the default VFS."""
