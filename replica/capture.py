@@ -1,0 +1,903 @@
+"""Capture: from committed WAL frames to sealed LTX bytes, and the proof that none was missed.
+
+Frames are read through a descriptor of our own on the ``-wal`` file (closing it drops no lock of
+SQLite's), only up to the frame that the wal-index has published, and the WAL's header is read
+before and after: equal headers mean that no restart came between.
+
+Two kinds of callers seal frames, serialised by one mutex:
+
+* the uploader takes what is new and freezes it under the next TXID (`Capture.take`);
+* the gate, in the thread of whoever is about to destroy WAL frames, seals what is left as a piece
+  without a TXID (`Capture.gate_restart`, `Capture.gate_discard`, `Capture.drain`).
+
+While the mutex is held there is only ``pread``, encoding, ``fdatasync`` and the NOOP checkpoint;
+never a BEGIN, a checkpoint, an open of the database, or a network call.  A gate record is durable
+before the WAL it speaks of is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from .clock import Clock
+from .errors import FormatError
+from .format.ltx import Encoder, Header, PageEncoding
+from .format.merge import MergeInput, merge
+from .format.types import WalSalts, is_page_size, lock_pgno
+from .format.wal import (
+    FRAME_HEADER_SIZE,
+    WAL_HEADER_SIZE,
+    FrameHeader,
+    WalHeader,
+    frame_offset,
+    iter_frame_headers,
+    parse_frame_header,
+    wal_size,
+)
+from .spool import INLINE_BYTES, Fingerprint, Sealed, SegmentSink, Spool, State, WalPosition
+from .sqlite import ReadView, SpoolError, SqlitePort
+
+__all__ = ["Capture", "TailLost"]
+
+log = logging.getLogger("walship.capture")
+
+#: How much of the WAL is read at once while frame headers are scanned.
+_SCAN_BYTES: Final = 1024 * 1024
+#: A batch up to this size is read once and kept; a larger one is read again page by page.
+_KEEP_BYTES: Final = 8 * 1024 * 1024
+#: Longest run of consecutive pages that is read in one go.
+_RUN_BYTES: Final = 512 * 1024
+#: A file changed less than this long ago may change again without a visible sign: the kernel's
+#: timestamps advance in ticks of up to 10 ms.
+_SETTLE_NS: Final = 20_000_000
+
+
+class TailLost(Exception):
+    """The WAL on disk ends before what was sealed from it: a power cut or somebody cut it."""
+
+
+class WalReader:
+    """Our own descriptor on the ``-wal`` file, reopened when the file is another one."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.fd = -1
+        self._identity: tuple[int, int] | None = None
+
+    def refresh(self) -> bool:
+        """Follow the path to the file that is there now; False without a file."""
+        try:
+            status = os.stat(self.path)
+        except FileNotFoundError:
+            self.close()
+            return False
+        if self._identity != (status.st_dev, status.st_ino):
+            self.close()
+            try:
+                self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return False
+            status = os.fstat(self.fd)
+            self._identity = (status.st_dev, status.st_ino)
+        return True
+
+    def header(self) -> WalHeader | None:
+        """The header as it is now; None without a file, or if there is none that is whole."""
+        if not self.refresh():
+            return None
+        data = os.pread(self.fd, WAL_HEADER_SIZE, 0)
+        if len(data) < WAL_HEADER_SIZE:
+            return None
+        try:
+            return WalHeader.parse(data)
+        except FormatError:
+            return None
+
+    def frame(self, frame_no: int, page_size: int) -> FrameHeader | None:
+        """Header of one frame; None if the file is shorter."""
+        data = os.pread(self.fd, FRAME_HEADER_SIZE, frame_offset(frame_no, page_size))
+        return parse_frame_header(data) if len(data) == FRAME_HEADER_SIZE else None
+
+    def sync(self) -> None:
+        """Make everything in the WAL survive a power cut; releases the GIL."""
+        if self.fd >= 0:
+            os.fdatasync(self.fd)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
+        self._identity = None
+
+
+@dataclass(slots=True)
+class _Batch:
+    """The last version of every page among frames ``first .. last`` of one WAL generation.
+
+    Attributes:
+        keys: ``page number << 32 | frame``, ascending; frame 0 means "from the main file".  A list,
+            except for a full copy, where it may be long.
+        commit: size of the database in pages afterwards.
+        kept: the frames' bytes from ``first`` on, if the batch was small enough to keep.
+    """
+
+    first: int
+    last: int
+    keys: Iterable[int]
+    commit: int
+    checksum: tuple[int, int]
+    kept: bytes | None
+
+
+class Capture:
+    """Seals what a database commits.  Every public method may be called from any thread.
+
+    Args:
+        path: absolute path of the main database file.
+        spool: open spool of this database; touched only under `mutex`.
+        port: plain connections to the database.
+        encoding: how pages are stored in new segments.
+        max_sync_wal_bytes: WAL bytes one segment covers at most, cut at a commit; 0: no limit.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        spool: Spool,
+        port: SqlitePort,
+        clock: Clock,
+        *,
+        encoding: PageEncoding = PageEncoding.BLOCK,
+        max_sync_wal_bytes: int = 64 * 1024 * 1024,
+    ) -> None:
+        self.path = path
+        self._spool = spool
+        self._port = port
+        self._clock = clock
+        self._encoding = encoding
+        self._max_sync_wal_bytes = max_sync_wal_bytes
+        #: The drain mutex.  Guards the spool, the WAL descriptor and all fields below.
+        self.mutex = threading.RLock()
+        self._wal = WalReader(path + "-wal")
+        # Salts and mxFrame when the latest checkpoint began: the end of the WAL at a restart.
+        self._known_end: tuple[WalSalts, int] | None = None
+        # There is no WAL content that matters: everything is in the main file and sealed.
+        self._wal_gone = False
+        #: The WAL vanished without a clean close: its commits may be lost (`continuity` decides).
+        self.suspect = False
+        #: Why only a full copy can come next; None while the history is continuous.
+        self.full_copy_reason: str | None = "not opened"
+        #: The last `take` was cut at the limit of one segment: there is more to take at once.
+        self.more = False
+        self._last_timestamp_ms = 0
+
+    @property
+    def state(self) -> State:
+        """The spool's state; immutable."""
+        return self._spool.state
+
+    # -- opening ------------------------------------------------------------------------------
+
+    def prove(self) -> None:
+        """Decide from the files alone whether history continues where the record ends.
+
+        Must run before any connection is opened.  Sets `full_copy_reason`.
+
+        Raises:
+            TailLost: the WAL lost frames that were sealed from it.
+        """
+        with self.mutex:
+            self.full_copy_reason = self._prove()
+            if self.full_copy_reason is not None and self.state.pieces:
+                self._spool.record(self._unproven(), drop_pieces=True)
+
+    def _unproven(self) -> State:
+        return replace(
+            self.state, position=None, previous=None, fingerprint=None, copying=False, commit=0
+        )
+
+    def _prove(self) -> str | None:
+        state = self.state
+        self._wal_gone = False
+        if state.copying:
+            return "the first copy was not finished"
+        if state.position is None and state.fingerprint is None:
+            return "there is no record of what was replicated" if state.txid == 0 else "resync"
+        unchanged = state.fingerprint is not None and state.fingerprint == _fingerprint(self.path)
+        header = self._wal.header()
+        if header is None:
+            if unchanged:
+                self._wal_gone = True
+                return None
+            self.suspect = state.position is not None and state.position.frame > 0
+            return "the database file was changed while walship was away"
+        for candidate in (state.position, state.previous):
+            if candidate is None or candidate.salts != header.salts:
+                continue
+            if not self._intact(candidate, header):
+                raise TailLost("the WAL ends before what was already replicated from it")
+            if candidate != state.position:
+                self._spool.record(replace(state, position=candidate, previous=None))
+            return None
+        if unchanged:
+            # All that happened since the clean close is in this WAL, from its first frame on.
+            position = WalPosition(header.salts, 0, header.checksum)
+            self._spool.record(replace(state, position=position, previous=None))
+            return None
+        return "the WAL was restarted or replaced while walship was away"
+
+    def _intact(self, position: WalPosition, header: WalHeader) -> bool:
+        if position.frame == 0:
+            return position.checksum == header.checksum
+        frame = self._wal.frame(position.frame, header.page_size)
+        return (
+            frame is not None
+            and frame.salts == position.salts
+            and frame.checksum == position.checksum
+        )
+
+    def main_holds(self, pgno: int, page: bytes, page_size: int) -> bool:
+        """Whether a page of the main file, as it is now, has this content."""
+        return self._port.read_main((pgno - 1) * page_size, page_size) == page
+
+    def scratch_path(self, purpose: str) -> Path:
+        """A name for a large temporary file beside the spool; removed at the next start."""
+        return self._spool.directory / f"{purpose}.tmp"
+
+    def has_content(self) -> bool:
+        """Whether the main file holds any page at all."""
+        fingerprint = _fingerprint(self.path)
+        return fingerprint is not None and fingerprint.size > 0
+
+    def body(self, sealed: Sealed) -> bytes | Path:
+        """The frozen bytes of a segment: in memory, or the file that holds them."""
+        with self.mutex:
+            return self._spool.read(sealed)
+
+    def acknowledge(self, txid: int) -> None:
+        """The replica has every TXID up to ``txid``: the spool lets go of them."""
+        with self.mutex:
+            self._spool.acknowledge(txid)
+
+    def begin(self, state: State) -> None:
+        """Record the outcome of comparing with the replica (lineage, TXID, what was dropped)."""
+        with self.mutex:
+            self._spool.record(state, drop_segments=state.segments == ())
+
+    def require_full_copy(self, reason: str) -> None:
+        """Give up continuity: the next segment will hold every page.  Says so in the log."""
+        with self.mutex:
+            self._lose(reason)
+
+    def _lose(self, reason: str) -> None:
+        if self.full_copy_reason is None:
+            log.warning("%s: %s; a full copy follows", os.path.basename(self.path), reason)
+        self.full_copy_reason = reason
+        # Disk full: the next start finds a WAL that the record does not name, and resyncs.
+        with contextlib.suppress(SpoolError):
+            self._spool.record(self._unproven(), durable=False, drop_pieces=True)
+
+    # -- the gate -----------------------------------------------------------------------------
+
+    def note_checkpoint(self) -> None:
+        """A checkpoint begins: remember where the WAL ends, before backfill can be published."""
+        published = self._port.published()
+        if published is None:
+            return
+        data = b""
+        with contextlib.suppress(OSError), open(self._wal.path, "rb", buffering=0) as file:
+            data = file.read(WAL_HEADER_SIZE)
+        if len(data) == WAL_HEADER_SIZE:
+            with contextlib.suppress(FormatError):
+                self._known_end = (WalHeader.parse(data).salts, published.mx_frame)
+
+    def gate_restart(self, new_header: bytes, read_main: Callable[[int, int], bytes]) -> None:
+        """A new WAL header is about to be written over the old generation (or into a new file).
+
+        Durable when this returns: everything committed so far is sealed, and the record names the
+        new generation as the old one's successor.
+
+        Args:
+            new_header: the 32 bytes that SQLite wants to write.
+            read_main: reads the main file in the calling thread.
+        """
+        header = WalHeader.parse(new_header)
+        with self.mutex:
+            successor = WalPosition(header.salts, 0, header.checksum)
+            self._drain_old_generation(successor, header.page_size, read_main)
+            self._wal_gone = False
+            self._known_end = None
+
+    def gate_discard(self, read_main: Callable[[int, int], bytes]) -> None:
+        """The WAL is about to be truncated to nothing or deleted; its content is in the main file.
+
+        Durable when this returns, as for `gate_restart`; the record carries the main file's
+        fingerprint, which is given up to 20 ms to age.
+        """
+        with self.mutex:
+            if self._wal.header() is None and self._wal_gone:
+                return
+            self._drain_old_generation(None, self.state.page_size, read_main)
+            self._wal_gone = True
+            self._known_end = None
+
+    def _drain_old_generation(
+        self,
+        successor: WalPosition | None,
+        page_size: int,
+        read_main: Callable[[int, int], bytes],
+    ) -> None:
+        """Seal the rest of the WAL on disk and record what comes after it, in one record."""
+        state = self.state
+        if self.full_copy_reason is not None and not state.copying:
+            return  # nothing is continuous yet: the full copy will read whatever is there then
+        old: WalPosition | None = None
+        batch: _Batch | None = None
+        header = self._wal.header()
+        if not self._wal_gone:
+            old = self._locate(header)
+            if old is None:
+                self._lose("the WAL was restarted by a writer outside walship")
+                return
+            if header is not None and old.salts == header.salts:
+                batch = self._rest_of_wal(old, header, read_main)
+                old = WalPosition(old.salts, batch.last, batch.checksum) if batch else old
+        if header is not None:
+            page_size = header.page_size
+        after = replace(state, page_size=page_size, position=successor, previous=old)
+        if successor is None:
+            after = replace(after, fingerprint=self._settled_fingerprint())
+        elif not self._wal_gone:
+            after = replace(after, fingerprint=None)
+        if batch is None:
+            self._spool.record(after)
+            return
+        after = replace(after, commit=batch.commit)
+        self._wal.sync()
+        self._seal_piece(batch, after, page_size, read_main)
+
+    def _locate(self, header: WalHeader | None) -> WalPosition | None:
+        """Our position in the WAL on disk: the present one, or the one before the last gate."""
+        state = self.state
+        if header is None:
+            return state.position if state.position and state.position.frame == 0 else None
+        for candidate in (state.position, state.previous):
+            if candidate is not None and candidate.salts == header.salts:
+                return candidate
+        return None
+
+    def _rest_of_wal(
+        self, old: WalPosition, header: WalHeader, read_main: Callable[[int, int], bytes]
+    ) -> _Batch | None:
+        """What a WAL that is about to go still holds; every commit of it is in the main file."""
+        end = old.frame
+        if self._known_end is not None and self._known_end[0] == old.salts:
+            end = max(end, self._known_end[1])
+        page_size = header.page_size
+        batch = self._collect(old, end, page_size) if end > old.frame else None
+        # Frames behind the known end: commits of a writer that died before it rang, or ghosts that
+        # never were commits.  Their page numbers with the main file's content are right for both.
+        beyond: set[int] = set()
+        frame_no, checksum = end + 1, batch.checksum if batch else old.checksum
+        while frame := self._wal.frame(frame_no, page_size):
+            if frame.salts != old.salts:
+                break
+            beyond.add(frame.pgno)
+            checksum = frame.checksum
+            frame_no += 1
+        if not beyond:
+            return batch
+        commit = os.stat(self.path).st_size // page_size
+        if batch is None:
+            batch = _Batch(old.frame + 1, end, [], commit, old.checksum, b"")
+        keys = {key >> 32: key for key in batch.keys}
+        keys.update((pgno, pgno << 32) for pgno in beyond)
+        batch.keys = sorted(key for key in keys.values() if key >> 32 <= commit)
+        batch.commit, batch.last, batch.checksum = commit, frame_no - 1, checksum
+        return batch
+
+    def drain(self) -> None:
+        """Seal everything committed in the current WAL; it stays where it is.
+
+        Never raises for the database's or the network's sake; `SpoolError` for a full disk.
+        """
+        with self.mutex:
+            if self.full_copy_reason is not None and not self.state.copying:
+                return
+            found = self._new_frames(limit=False)
+            if found is None:
+                return
+            batch, page_size = found
+            after = self._after(batch)
+            self._wal.sync()
+            self._seal_piece(batch, after, page_size, self._port.read_main)
+
+    def _settled_fingerprint(self) -> Fingerprint | None:
+        """The main file's identity, once it is old enough to prove anything.
+
+        Nobody else can write now: the caller's thread holds SQLite's locks.
+        """
+        while True:
+            fingerprint = _fingerprint(self.path)
+            if fingerprint is None:
+                return None
+            changed = max(fingerprint.mtime_ns, fingerprint.ctime_ns)
+            age_ns = self._clock.now_ms() * 1_000_000 - changed
+            if not 0 <= age_ns < _SETTLE_NS:
+                return fingerprint
+            self._clock.sleep((_SETTLE_NS - age_ns) / 1e9)
+
+    # -- the uploader -------------------------------------------------------------------------
+
+    def take(self) -> Sealed | None:
+        """Freeze what is new under the next TXID; durable in the spool when this returns.
+
+        Only the uploader calls this, `copy` and `merge_pieces`, one at a time.
+
+        Returns:
+            The segment, or None if there is nothing new (or only a full copy can come next).
+        """
+        with self.mutex:
+            self.more = False
+            if self.full_copy_reason is not None:
+                return None
+            found = self._new_frames(limit=not self.state.pieces)
+            if found is not None:
+                batch, page_size = found
+                self._wal.sync()
+                if not self.state.pieces:
+                    return self._freeze(batch, self._after(batch), page_size)
+                self._seal_piece(batch, self._after(batch), page_size, self._port.read_main)
+            if not self.state.pieces:
+                return None
+        return self._freeze_pieces()
+
+    def merge_pieces(self) -> None:
+        """Merge the newest pieces while they may not be sent: the last version of a page counts.
+
+        Pieces are merged with those before them once they are at least half as large together, so
+        that every byte is merged a logarithmic number of times.  The mutex is free meanwhile.
+        """
+        with self.mutex:
+            state = self.state
+            start, newer = len(state.pieces), 0
+            while start and state.pieces[start - 1].size_bytes <= 2 * newer + INLINE_BYTES:
+                start -= 1
+                newer += state.pieces[start].size_bytes
+            chosen = state.pieces[start:]
+            if len(chosen) < 2 or state.copying:
+                return
+            sink = SegmentSink(self._spool, hashed=False)
+        try:
+            with self._inputs(chosen) as inputs:
+                merge(inputs, sink.write, check_txids=False)
+            body = sink.finish()
+            with self.mutex:
+                now = self.state
+                if now.pieces[start : start + len(chosen)] == chosen:
+                    self._spool.replace_pieces(start, len(chosen), body, sink.size_bytes)
+                else:
+                    sink.abandon()
+        except BaseException:
+            sink.abandon()
+            raise
+
+    def copy(self) -> Sealed | None:
+        """Freeze the whole database under the next TXID; the mark is held for the local copy only.
+
+        The mutex is free while pages are copied: gates go on sealing pieces, which follow.
+
+        Returns:
+            The segment, or None if writers were in the way or the database is still empty.
+        """
+        with self._whole_database() as found:
+            if found is None:
+                return None
+            batch, page_size, salts, view = found
+            with self.mutex:
+                header = self._ltx_header(self.state.txid + 1, page_size, batch.commit, salts)
+                sink = SegmentSink(self._spool, hashed=True)
+            try:
+                self._encode(batch, header, sink, view.read_main)
+                body = sink.finish()
+            except BaseException:
+                sink.abandon()
+                raise
+        with self.mutex:
+            after = self._settled_after_copy(page_size, batch.commit)
+            if after is None:
+                sink.abandon()
+                return None
+            after = replace(after, txid=header.max_txid, sha256=sink.sha256)
+            sealed = self._spool.add_segment(
+                after, _describe(header, sink), body, keep=len(self.state.pieces)
+            )
+            self.full_copy_reason = None
+            return sealed
+
+    def equals(self, other: BinaryIO, n_bytes: int) -> bool | None:
+        """Whether the database is, page for page, what the file ``other`` holds.
+
+        If so, history continues from here: what is committed from now on goes into the next TXID.
+
+        Returns:
+            None if writers were in the way.
+        """
+        with self._whole_database() as found:
+            if found is None:
+                return None
+            batch, page_size, _, view = found
+            same = batch.commit * page_size == n_bytes
+            pages = self._pages(batch, page_size, view.read_main)
+            locked = lock_pgno(page_size)
+            while same and (item := next(pages, None)) is not None:
+                pgno, page = item
+                if other.tell() != (pgno - 1) * page_size:
+                    other.seek((pgno - 1) * page_size)
+                same = pgno == locked or other.read(page_size) == page
+        with self.mutex:
+            after = self._settled_after_copy(page_size, batch.commit)
+            if after is None:
+                return None
+            if not same:
+                self._spool.record(self._unproven(), drop_pieces=True)
+                return False
+            self._spool.record(after)
+            self.full_copy_reason = None
+            return True
+
+    @contextlib.contextmanager
+    def _whole_database(
+        self,
+    ) -> Iterator[tuple[_Batch, int, WalSalts, ReadView] | None]:
+        """A consistent view of every page: ``(batch, page size, salts, view)``.
+
+        The position is set to the view's (`State.copying`), so that gates seal what comes after.
+        """
+        started: list[tuple[State, WalSalts]] = []
+
+        def observe(mx_frame: int) -> None:
+            # Writers are kept out here, so header, frames and wal-index belong together.
+            with self.mutex:
+                header = self._wal.header() if mx_frame else None
+                base = replace(
+                    self._unproven(), copying=True, page_size=0, fingerprint=None, commit=0
+                )
+                salts = WalSalts(0, 0)
+                if header is not None:
+                    frame = self._wal.frame(mx_frame, header.page_size)
+                    if frame is None:
+                        return
+                    salts = header.salts
+                    base = replace(
+                        base,
+                        position=WalPosition(salts, mx_frame, frame.checksum),
+                        commit=frame.commit,
+                        page_size=header.page_size,
+                    )
+                self._spool.record(base, durable=False, drop_pieces=True)
+                self._wal_gone = header is None
+                started.append((base, salts))
+
+        with self._port.read_view(observe) as view:
+            if view is None or not started:
+                yield None
+                return
+            base, salts = started[0]
+            page_size, commit = base.page_size, base.commit
+            if base.position is None:
+                page_size, commit = _size_of_main(view.read_main, self.path)
+                if commit == 0:
+                    yield None
+                    return
+            newest: dict[int, int] = {}
+            if not view.main_only and base.position is not None:
+                # Frames up to the mark win over the main file, and the mark keeps them in place.
+                start = WalPosition(WalSalts(0, 0), 0, (0, 0))
+                overlay = self._collect(start, view.mx_frame, page_size)
+                newest = {key >> 32: key for key in overlay.keys}
+            locked = lock_pgno(page_size)
+            keys = (newest.get(n, n << 32) for n in range(1, commit + 1) if n != locked)
+            yield _Batch(1, view.mx_frame, keys, commit, (0, 0), None), page_size, salts, view
+
+    def _settled_after_copy(self, page_size: int, commit: int) -> State | None:
+        """The state after all pages were read; None if continuity was lost again meanwhile."""
+        now = self.state
+        if not now.copying:
+            return None
+        now = replace(now, copying=False, page_size=page_size)
+        if self._wal_gone:
+            now = replace(now, commit=commit, fingerprint=self._settled_fingerprint())
+        return now
+
+    def _after(self, batch: _Batch) -> State:
+        state = self.state
+        assert state.position is not None
+        position = WalPosition(state.position.salts, batch.last, batch.checksum)
+        return replace(
+            state, position=position, previous=None, fingerprint=None, commit=batch.commit
+        )
+
+    def _new_frames(self, *, limit: bool) -> tuple[_Batch, int] | None:
+        """Committed frames behind the position, by the race-free recipe; None if there are none."""
+        state = self.state
+        header = self._wal.header()
+        if header is None or self._wal_gone:
+            return None
+        position = self._locate(header)
+        if position is None:
+            self._lose("the WAL was restarted by a writer outside walship")
+            return None
+        if position != state.position:
+            return None  # a restart is under way: its header is not written yet
+        published = self._port.published()
+        if published is None or published.mx_frame <= position.frame:
+            return None
+        last = published.mx_frame
+        if limit and self._max_sync_wal_bytes:
+            last = self._cut(position, last, header.page_size)
+            self.more = last < published.mx_frame
+        batch = self._collect(position, last, header.page_size)
+        if self._wal.header() != header:
+            return None
+        if header.page_size != state.page_size:
+            self._spool.record(replace(state, page_size=header.page_size), durable=False)
+        self._add_unwritten(batch, state.commit, header.page_size)
+        return batch, header.page_size
+
+    def _cut(self, position: WalPosition, last: int, page_size: int) -> int:
+        """The first commit at or behind the limit of one segment."""
+        step = FRAME_HEADER_SIZE + page_size
+        frame_no = position.frame + max(1, self._max_sync_wal_bytes // step)
+        while frame_no < last:
+            frame = self._wal.frame(frame_no, page_size)
+            if frame is None or frame.commit:
+                break
+            frame_no += 1
+        return min(frame_no, last)
+
+    def _collect(self, position: WalPosition, last: int, page_size: int) -> _Batch:
+        """Scan the frames behind ``position`` through ``last``: the newest frame of each page."""
+        first = position.frame + 1
+        step = FRAME_HEADER_SIZE + page_size
+        total = (last - position.frame) * step
+        keep = total <= _KEEP_BYTES
+        chunk_frames = (total if keep else max(step, _SCAN_BYTES)) // step
+        kept: bytes | None = None
+        keys = array("Q")
+        header: tuple[int, ...] = ()
+        frame_no = first
+        while frame_no <= last:
+            count = min(chunk_frames, last - frame_no + 1)
+            data = os.pread(self._wal.fd, count * step, frame_offset(frame_no, page_size))
+            if len(data) != count * step:
+                raise FormatError("the WAL is shorter than its index says")
+            headers = list(iter_frame_headers(data, page_size))
+            newest = {h[0]: n for n, h in enumerate(headers, frame_no)}
+            keys.extend([pgno << 32 | n for pgno, n in newest.items()])
+            header = headers[-1]
+            frame_no += count
+            if keep:
+                kept = data
+        commit = header[1]
+        ordered = sorted(keys)
+        if len(keys) and not keep:
+            ordered = [
+                key
+                for key, behind in zip(ordered, [*ordered[1:], 1 << 64], strict=True)
+                if key >> 32 != behind >> 32
+            ]
+        if ordered and ordered[-1] >> 32 > commit > 0:
+            ordered = [key for key in ordered if key >> 32 <= commit]
+        return _Batch(first, last, ordered, commit, (header[4], header[5]), kept)
+
+    def _add_unwritten(self, batch: _Batch, commit_before: int, page_size: int) -> None:
+        """Pages by which the database grew without a frame of their own come from the main file."""
+        grown = batch.commit - commit_before
+        if grown <= 0 or commit_before == 0:
+            return
+        have = {key >> 32 for key in batch.keys if key >> 32 > commit_before}
+        if len(have) == grown:
+            return
+        have.add(lock_pgno(page_size))
+        missing = [
+            pgno << 32 for pgno in range(commit_before + 1, batch.commit + 1) if pgno not in have
+        ]
+        if missing:
+            batch.keys = sorted([*batch.keys, *missing])
+
+    # -- encoding -----------------------------------------------------------------------------
+
+    def _seal_piece(
+        self,
+        batch: _Batch,
+        after: State,
+        page_size: int,
+        read_main: Callable[[int, int], bytes],
+    ) -> None:
+        # A piece has no TXID yet; any that is not a snapshot's will do until it gets one.
+        header = self._ltx_header(2, page_size, batch.commit, WalSalts(0, 0))
+        sink = SegmentSink(self._spool, hashed=False)
+        try:
+            self._encode(batch, header, sink, read_main)
+            self._spool.add_piece(after, sink.finish(), sink.size_bytes)
+        except BaseException:
+            sink.abandon()
+            raise
+
+    def _freeze(self, batch: _Batch, after: State, page_size: int) -> Sealed:
+        assert after.position is not None
+        header = replace(
+            self._ltx_header(after.txid + 1, page_size, batch.commit, after.position.salts),
+            wal_offset=frame_offset(batch.first, page_size),
+            wal_size=(batch.last - batch.first + 1) * (FRAME_HEADER_SIZE + page_size),
+        )
+        sink = SegmentSink(self._spool, hashed=True)
+        try:
+            self._encode(batch, header, sink, self._port.read_main)
+            body = sink.finish()
+            after = replace(after, txid=header.max_txid, sha256=sink.sha256)
+            return self._spool.add_segment(after, _describe(header, sink), body)
+        except BaseException:
+            sink.abandon()
+            raise
+
+    def _freeze_pieces(self) -> Sealed | None:
+        """Merge all pieces into one segment under the next TXID; the mutex is free meanwhile."""
+        with self.mutex:
+            state = self.state
+            pieces = state.pieces
+            salts = state.position.salts if state.position else WalSalts(0, 0)
+            header = self._ltx_header(state.txid + 1, state.page_size, state.commit, salts)
+            if state.position is not None and state.position.frame:
+                end = wal_size(state.position.frame, state.page_size)
+                header = replace(header, wal_size=end - WAL_HEADER_SIZE)
+            sink = SegmentSink(self._spool, hashed=True)
+        try:
+            with self._inputs(pieces) as inputs:
+                merge(inputs, sink.write, header=header, check_txids=False)
+            body = sink.finish()
+            with self.mutex:
+                now = self.state
+                if now.pieces[: len(pieces)] != pieces:
+                    sink.abandon()  # continuity was lost meanwhile
+                    return None
+                after = replace(now, txid=header.max_txid, sha256=sink.sha256)
+                keep = len(now.pieces) - len(pieces)
+                return self._spool.add_segment(after, _describe(header, sink), body, keep=keep)
+        except BaseException:
+            sink.abandon()
+            raise
+
+    @contextlib.contextmanager
+    def _inputs(self, pieces: Sequence[Sealed]) -> Iterator[list[MergeInput]]:
+        """Pieces as inputs of a merge, oldest first."""
+        with contextlib.ExitStack() as files:
+            inputs: list[MergeInput] = []
+            with self.mutex:
+                for piece in pieces:
+                    body = self._spool.read(piece)
+                    if isinstance(body, bytes):
+                        inputs.append(MergeInput(body, "a piece in the spool"))
+                    else:
+                        file = files.enter_context(open(body, "rb"))
+                        inputs.append(MergeInput(file.read, str(body)))
+            yield inputs
+
+    def _ltx_header(self, txid: int, page_size: int, commit: int, salts: WalSalts) -> Header:
+        """A header at WAL offset 32: a reader that takes over may trust it, and no more than it."""
+        # Times must not run backwards along the TXIDs, whatever the wall clock does.
+        self._last_timestamp_ms = max(self._clock.now_ms(), self._last_timestamp_ms)
+        return Header(
+            page_size=page_size,
+            commit=commit,
+            min_txid=txid,
+            max_txid=txid,
+            timestamp_ms=self._last_timestamp_ms,
+            wal_offset=WAL_HEADER_SIZE,
+            wal_size=0,
+            salts=salts,
+        )
+
+    def _encode(
+        self,
+        batch: _Batch,
+        header: Header,
+        sink: SegmentSink,
+        read_main: Callable[[int, int], bytes],
+    ) -> None:
+        encoder = Encoder(sink.write, header, self._encoding)
+        add_page = encoder.add_page
+        for pgno, page in self._pages(batch, header.page_size, read_main):
+            add_page(pgno, page)
+        encoder.finish()
+
+    def _pages(
+        self, batch: _Batch, page_size: int, read_main: Callable[[int, int], bytes]
+    ) -> Iterator[tuple[int, memoryview]]:
+        """Pages of a batch with their content, ascending."""
+        step = FRAME_HEADER_SIZE + page_size
+        if batch.kept is not None:
+            view = memoryview(batch.kept)
+            first = batch.first
+            for key in batch.keys:
+                frame_no = key & 0xFFFFFFFF
+                if frame_no:
+                    start = (frame_no - first) * step + FRAME_HEADER_SIZE
+                    yield key >> 32, view[start : start + page_size]
+                else:
+                    page = read_main(((key >> 32) - 1) * page_size, page_size)
+                    yield key >> 32, memoryview(page)
+            return
+        for first_key, count in _runs(batch.keys, max(1, _RUN_BYTES // step)):
+            pgno, frame_no = first_key >> 32, first_key & 0xFFFFFFFF
+            if frame_no:
+                size, gap = step, FRAME_HEADER_SIZE
+                data = os.pread(self._wal.fd, count * step, frame_offset(frame_no, page_size))
+            else:
+                size, gap = page_size, 0
+                data = read_main((pgno - 1) * page_size, count * page_size)
+            if len(data) != count * size:
+                raise FormatError("the WAL became shorter while it was read")
+            view = memoryview(data)
+            for i in range(count):
+                start = i * size + gap
+                yield pgno + i, view[start : start + page_size]
+
+    def close(self) -> None:
+        """Close the descriptor on the WAL.  The spool and the port belong to the engine."""
+        with self.mutex:
+            self._wal.close()
+
+
+def _runs(keys: Iterable[int], longest: int) -> Iterator[tuple[int, int]]:
+    """``(first key, count)`` of runs that are consecutive both as pages and where they lie."""
+    start, count = -1, 0
+    for key in keys:
+        if count and count < longest:
+            expected = start + (count << 32) + (count if start & 0xFFFFFFFF else 0)
+            if key == expected:
+                count += 1
+                continue
+        if count:
+            yield start, count
+        start, count = key, 1
+    if count:
+        yield start, count
+
+
+def _describe(header: Header, sink: SegmentSink) -> Sealed:
+    return Sealed(
+        txid=header.max_txid,
+        size_bytes=sink.size_bytes,
+        sha256=sink.sha256,
+        timestamp_ms=header.timestamp_ms,
+    )
+
+
+def _fingerprint(path: str) -> Fingerprint | None:
+    try:
+        return Fingerprint.of(path)
+    except FileNotFoundError:
+        return None
+
+
+def _size_of_main(read: Callable[[int, int], bytes], path: str) -> tuple[int, int]:
+    """``(page size, pages)`` from the main file alone; pages 0 while there is nothing."""
+    size = os.stat(path).st_size
+    if size < 512:
+        return 0, 0
+    header = read(0, 512)
+    page_size = int.from_bytes(header[16:18], "big")
+    page_size = 65536 if page_size == 1 else page_size
+    if not is_page_size(page_size):
+        return 0, 0
+    return page_size, size // page_size

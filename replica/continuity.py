@@ -1,0 +1,263 @@
+"""Do the local database and the replica continue each other?  Asked once, before the first TXID.
+
+The files on disk were judged first (`Capture.prove`); here the record is held against what the
+replica holds:
+
+====================================================  ============================================
+the replica                                           then
+====================================================  ============================================
+is empty                                              start with a full copy as TXID 1
+ends where our record ends                            go on
+is ahead by segments whose bytes lie in our spool     they are ours: count them as sent
+is ahead, and the database is page for page its head  take over: go on at its TXID + 1
+is ahead, and a Litestream state directory beside     take over with a full copy at its TXID + 1
+the database holds the very same head
+is ahead otherwise, or holds something else           refuse (`adopt`: full copy at its TXID + 1)
+has lost its newest objects                           full copy behind what is left
+====================================================  ============================================
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from .capture import Capture
+from .clock import Clock
+from .errors import ContinuityError, FormatError, StoreError
+from .format.ltx import decode
+from .format.types import LEVEL_MAX, format_segment_name, format_txid
+from .restore import restore
+from .spool import State, new_lineage
+from .store.base import ObjectStore, SegmentInfo, list_segments
+from .uploader import same_bytes, sha256_of
+
+__all__ = ["reconcile", "replica_head"]
+
+log = logging.getLogger("walship.continuity")
+
+#: Attempts at a view of the whole database beside busy writers, and the pause between them.
+_VIEW_ATTEMPTS: Final = 200
+_VIEW_PAUSE_S: Final = 0.01
+
+
+def replica_head(store: ObjectStore, *, after_txid: int | None = None) -> SegmentInfo | None:
+    """The segment that reaches furthest; level 0 is asked first, as its newest is never deleted.
+
+    Args:
+        after_txid: pass over names up to this one (saves listing a long level 0).
+    """
+    head: SegmentInfo | None = None
+    for level in range(LEVEL_MAX + 1):
+        for info in list_segments(store, level, after_txid=after_txid if level == 0 else None):
+            if head is None or info.max_txid > head.max_txid:
+                head = info
+        if level == 0 and head is not None:
+            return head
+    return head
+
+
+def reconcile(capture: Capture, store: ObjectStore, clock: Clock, *, adopt: bool = False) -> None:
+    """Bring record and replica together, or refuse.
+
+    Afterwards the next TXID may be given.  Safe to call again after a `StoreError`.
+
+    Args:
+        adopt: in doubt, let the local database become the replica's next TXID.
+
+    Raises:
+        ContinuityError: they do not continue each other; nothing was written.
+        StoreError: the replica could not be read.
+    """
+    state = capture.state
+    if state.lineage and state.replica == store.url:
+        head = _check_own_record(capture, store)
+        if head is None:
+            _check_suspicion(capture, store, adopt)
+            return
+    else:
+        head = replica_head(store)
+        if head is None:
+            _start(capture, store, 0, "first copy to this replica")
+            return
+    _take_over(capture, store, clock, head, adopt)
+
+
+def _check_own_record(capture: Capture, store: ObjectStore) -> SegmentInfo | None:
+    """None if the replica is what the record says; else its head, written by somebody else."""
+    state = capture.state
+    known = state.acked_txid
+    newer = list(list_segments(store, 0, after_txid=known - 1 if known else None))
+    if known and not newer:
+        left = replica_head(store)
+        txid = left.max_txid if left else 0
+        log.error(
+            "%s has lost txid %s and what followed; a full copy as txid %s replaces it",
+            store.url,
+            format_txid(known),
+            format_txid(txid + 1),
+        )
+        _start(capture, store, txid, "the replica has lost objects")
+        return None
+    ours = {sealed.txid: sealed for sealed in state.segments}
+    acked = known
+    for info in newer:
+        if info.max_txid == known:
+            if known == state.txid and not _is_recorded(store, info, state):
+                return newer[-1]
+            continue
+        sealed = ours.get(info.max_txid)
+        if sealed is None or not same_bytes(store, store.head(info.key), sealed):
+            return newer[-1]
+        if info.max_txid == acked + 1:
+            acked = info.max_txid
+    if acked > known:
+        capture.acknowledge(acked)
+    return None
+
+
+def _is_recorded(store: ObjectStore, info: SegmentInfo, state: State) -> bool:
+    """Whether the object under our last TXID is the one we put there."""
+    if not state.sha256:
+        return True  # taken over or restored: its bytes were never ours
+    recorded = store.head(info.key).metadata.get("walship-sha256")
+    if recorded is not None:
+        return recorded == state.sha256
+    return sha256_of(lambda offset, length: store.get(info.key, offset, length)) == state.sha256
+
+
+def _check_suspicion(capture: Capture, store: ObjectStore, adopt: bool) -> None:
+    """A WAL that vanished: was it checkpointed by another program, or were its commits lost?
+
+    If not one page of the newest segment is in the database, they were lost, and shipping what is
+    left would ship the reversal.
+    """
+    if not capture.suspect:
+        return
+    state = capture.state
+    if state.segments:
+        body = capture.body(state.segments[-1])
+        data = body.read_bytes() if isinstance(body, Path) else body
+    elif state.acked_txid:
+        name = format_segment_name(state.acked_txid, state.acked_txid)
+        data = store.get(store.level_prefix(0) + name)
+    else:
+        return
+    page_size, pages = decode(data)[0].page_size, decode(data)[1]
+    if adopt or any(capture.main_holds(pgno, page, page_size) for pgno, page in pages):
+        return
+    raise ContinuityError(
+        f"{capture.path} has lost commits that {store.url} holds (its -wal file is gone): restore "
+        "it with `walship restore`, or open it with adopt=True to go on without them",
+        local_txid=state.txid,
+        replica_txid=state.acked_txid,
+    )
+
+
+def _start(capture: Capture, store: ObjectStore, txid: int, reason: str) -> None:
+    """Begin a lineage of our own behind ``txid`` with a full copy."""
+    capture.require_full_copy(reason)
+    _adopt_head(capture, store, txid)
+
+
+def _adopt_head(capture: Capture, store: ObjectStore, txid: int) -> None:
+    with capture.mutex:
+        capture.begin(
+            replace(
+                capture.state,
+                lineage=new_lineage(),
+                replica=store.url,
+                txid=txid,
+                sha256="",
+                acked_txid=txid,
+            )
+        )
+
+
+def _take_over(
+    capture: Capture, store: ObjectStore, clock: Clock, head: SegmentInfo, adopt: bool
+) -> None:
+    state = capture.state
+    if capture.has_content():
+        if _is_at_head(capture, store, clock, head):
+            log.info(
+                "%s: the database is the replica's state at txid %s: going on from there",
+                os.path.basename(capture.path),
+                format_txid(head.max_txid),
+            )
+            _adopt_head(capture, store, head.max_txid)
+            return
+        if _litestream_has(capture.path, store, head):
+            _start(capture, store, head.max_txid, "taken over from Litestream")
+            return
+    if adopt:
+        _start(capture, store, head.max_txid, "adopted")
+        return
+    known = state.lineage and state.replica == store.url
+    mine = f"its record ends at txid {format_txid(state.txid)}" if known else "it has no record"
+    raise ContinuityError(
+        f"{store.url} already ends at txid {format_txid(head.max_txid)}, which {capture.path} does "
+        f"not continue ({mine}): restore from it first, replicate to a new path, or open with "
+        "adopt=True to make this database its next state",
+        local_txid=state.txid if known else None,
+        replica_txid=head.max_txid,
+    )
+
+
+def _is_at_head(capture: Capture, store: ObjectStore, clock: Clock, head: SegmentInfo) -> bool:
+    """Compare every page with the replica's newest state, restored beside the spool."""
+    path = capture.scratch_path("compare")
+    try:
+        try:
+            result = restore(store, path, clock=clock, overwrite=True)
+        except StoreError:
+            raise
+        except (FormatError, Exception) as error:
+            if isinstance(error, OSError):
+                raise
+            log.warning("the replica's newest state cannot be restored: %s", error)
+            return False
+        if result.txid != head.max_txid:
+            return False
+        for _ in range(_VIEW_ATTEMPTS):
+            with open(path, "rb") as file:
+                same = capture.equals(file, os.path.getsize(path))
+            if same is not None:
+                return same
+            clock.sleep(_VIEW_PAUSE_S)
+        return False
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _litestream_has(path: str, store: ObjectStore, head: SegmentInfo) -> bool:
+    """Whether Litestream's state beside the database holds the replica's newest level-0 segment."""
+    if head.level != 0:
+        return False
+    directory, name = os.path.split(path)
+    local = Path(directory, f".{name}-litestream", "ltx", "0", head.key.rpartition("/")[2])
+    try:
+        if local.stat().st_size != head.size_bytes:
+            return False
+        return _same(_chunks(local), store, head)
+    except FileNotFoundError:
+        return False
+
+
+def _chunks(path: Path) -> Iterable[bytes]:
+    with open(path, "rb") as file:
+        while data := file.read(8 * 1024 * 1024):
+            yield data
+
+
+def _same(chunks: Iterable[bytes], store: ObjectStore, info: SegmentInfo) -> bool:
+    offset = 0
+    for chunk in chunks:
+        if store.get(info.key, offset, len(chunk)) != chunk:
+            return False
+        offset += len(chunk)
+    return offset == info.size_bytes

@@ -1,0 +1,464 @@
+"""The engine of one database: puts spool, capture, store and uploader together.
+
+Composition root of `walship.replica`.  The VFS talks to an `Engine` and to nothing below it; an
+application sees it as what `walship.replication(db)` returns.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .capture import Capture, TailLost
+from .clock import Clock, SystemClock
+from .config import DatabaseSettings
+from .continuity import reconcile, replica_head
+from .errors import ClosedError, ConfigError, ContinuityError, NoBackupError, ReplicaError
+from .format.ltx import PageEncoding
+from .format.types import format_txid
+from .restore import RestoreResult, restore
+from .spool import Fingerprint, InUseError, Spool, State, new_lineage, state_directory
+from .sqlite import NotYetReplicated, RefusedError, SpoolError, SqlitePort, require_sqlite
+from .store.base import ObjectStore
+from .store.opening import open_store
+from .store.retrying import RetryingStore
+from .uploader import Uploader
+
+__all__ = ["Engine", "Status", "restore_if_missing"]
+
+log = logging.getLogger("walship")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """How replication of one database stands; a snapshot, no request is made for it.
+
+    Attributes:
+        path: the database.
+        replica: where it is shipped to; no secrets.
+        state: "opening" (the replica has not answered yet), "ok", "retrying" or "stopped".
+        txid: highest TXID given; 0 before the first.
+        replicated_txid: highest TXID in the replica, with all before it.
+        lag_s: age of the oldest commit that is not in the replica, seconds; 0.0 if all are.
+        pending_bytes: bytes sealed in the spool that are not in the replica.
+        wal_bytes: size of the ``-wal`` file.
+        uploads: segments sent since the database was opened.
+        upload_bytes: their bytes.
+        last_upload_ms: when the last one arrived, ms since the epoch, or None.
+        last_error: the present trouble in one line, or None.
+    """
+
+    path: str
+    replica: str
+    state: str
+    txid: int
+    replicated_txid: int
+    lag_s: float
+    pending_bytes: int
+    wal_bytes: int
+    uploads: int
+    upload_bytes: int
+    last_upload_ms: int | None
+    last_error: str | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong right now."""
+        return self.last_error is None and self.state in ("ok", "opening")
+
+
+class Engine:
+    """Replication of one database in this process.  Every method may be called from any thread.
+
+    Made by the VFS when the first connection opens the database, closed with the last.
+    """
+
+    def __init__(
+        self,
+        settings: DatabaseSettings,
+        store: ObjectStore,
+        spool: Spool,
+        clock: Clock,
+    ) -> None:
+        if settings.replica is None:
+            raise ConfigError(f"{settings.path} has no replica")
+        self.settings = settings
+        self.path = str(settings.path)
+        self.name = os.path.basename(self.path)
+        self._clock = clock
+        self._store = store
+        self._spool = spool
+        self._port = SqlitePort(self.path)
+        self.capture = Capture(
+            self.path,
+            spool,
+            self._port,
+            clock,
+            encoding=PageEncoding(settings.page_encoding),
+            max_sync_wal_bytes=settings.max_sync_wal_bytes,
+        )
+        self.uploader = Uploader(
+            self.name,
+            self.capture,
+            store,
+            clock,
+            reconcile=self._reconcile,
+            sync_interval_s=settings.replica.sync_interval_s,
+        )
+        self.ring = self.uploader.ring
+        self._closed = False
+        self._adopt = settings.adopt
+        #: Set while every commit is to be refused, with the reason; read at each commit frame.
+        self.refusal: str | None = None
+
+    @classmethod
+    def open(cls, settings: DatabaseSettings, clock: Clock | None = None) -> Engine:
+        """Lock the state directory, judge the files, and start shipping in the background.
+
+        Must run before this process opens the database.
+
+        Raises:
+            RefusedError: another process has it, or SQLite is too old.
+            ReplicaError: the settings, the spool or the files cannot be used.
+        """
+        require_sqlite()
+        clock = clock or SystemClock()
+        if settings.replica is None:
+            raise ConfigError(f"{settings.path} has no replica")
+        directory = state_directory(settings.path, settings.meta_path)
+        try:
+            spool = Spool.open(directory)
+        except InUseError as error:
+            raise RefusedError(f"{settings.path}: {error}") from error
+        try:
+            store = open_store(settings.replica.store, clock)
+            engine = cls(settings, store, spool, clock)
+            try:
+                engine.capture.prove()
+            except TailLost as lost:
+                engine._roll_forward(lost)
+            engine.uploader.start()
+        except BaseException:
+            spool.close()
+            raise
+        return engine
+
+    def _reconcile(self) -> None:
+        reconcile(self.capture, self._retrying(attempts=2), self._clock, adopt=self._adopt)
+        log.info(
+            "%s -> %s, at txid %s",
+            self.name,
+            self._store.url,
+            format_txid(self.capture.state.txid),
+        )
+
+    def _retrying(self, attempts: int) -> RetryingStore:
+        return RetryingStore(self._store, self._clock, attempts=attempts)
+
+    def _roll_forward(self, lost: TailLost) -> None:
+        """Bring back commits that the disk lost but spool and replica still have.
+
+        What is sealed is sent, then the newest state is restored in the database's place; the
+        files that were found are kept beside it.
+        """
+        state = self.capture.state
+        log.error("%s: %s; rolling forward from %s", self.name, lost, self._store.url)
+        if state.lineage == "" or state.replica != self._store.url:
+            raise ContinuityError(
+                f"{self.path}: {lost}, and its record belongs to another replica "
+                f"({state.replica or 'none'}): restore it from there",
+                local_txid=state.txid,
+            )
+        for sealed in state.segments:
+            self.uploader.send(sealed)
+        kept = f"{self.path}.damaged-{self._clock.now_ms()}"
+        temporary = self.capture.scratch_path("roll-forward")
+        result = restore(self._retrying(attempts=5), temporary, clock=self._clock, overwrite=True)
+        if result.txid is None or result.txid < state.txid:
+            raise ContinuityError(
+                f"{self.path}: {lost}, and {self._store.url} ends before it: nothing was changed",
+                local_txid=state.txid,
+                replica_txid=result.txid,
+            )
+        for suffix in ("-shm", "-wal", ""):
+            if os.path.exists(self.path + suffix):
+                os.rename(self.path + suffix, kept + suffix)
+        os.rename(temporary, self.path)
+        log.warning("%s: rolled forward; the damaged files are kept as %s*", self.name, kept)
+        self._spool.record(
+            _restored_state(state.lineage, self._store.url, result, self.path, self._clock),
+            drop_pieces=True,
+            drop_segments=True,
+        )
+        self.capture.prove()
+
+    # -- for the VFS --------------------------------------------------------------------------
+
+    def wait_ready(self) -> None:
+        """Wait, up to ``open-timeout``, for the replica's answer.
+
+        Raises:
+            ContinuityError: database and replica do not continue each other.
+        """
+        if not self.uploader.wait_reconciled(self.settings.open_timeout_s):
+            log.warning(
+                "%s: %s does not answer; commits stay in the WAL until it does",
+                self.name,
+                self._store.url,
+            )
+
+    def check_commit(self) -> None:
+        """Refuse a commit of a database that must not go on.
+
+        Raises:
+            RefusedError, FencedError: with the reason.
+        """
+        fatal = self.uploader.fatal
+        if fatal is not None:
+            if isinstance(fatal, RefusedError):
+                raise fatal
+            raise RefusedError(f"{self.name} takes no more commits: {fatal}") from fatal
+        if self.refusal is not None:
+            raise RefusedError(self.refusal)
+
+    @property
+    def refuses(self) -> bool:
+        """Whether `check_commit` would raise."""
+        return self.uploader.fatal is not None or self.refusal is not None
+
+    def gate_restart(self, header: bytes, read_main: Callable[[int, int], bytes]) -> None:
+        """See `Capture.gate_restart`; what to do when the spool is full is the user's choice."""
+        self._gate(lambda: self.capture.gate_restart(header, read_main))
+
+    def gate_discard(self, read_main: Callable[[int, int], bytes]) -> None:
+        """See `Capture.gate_discard`."""
+        self._gate(lambda: self.capture.gate_discard(read_main))
+
+    def _gate(self, drain: Callable[[], None]) -> None:
+        policy = self.settings.spool_full
+        deadline = self._clock.monotonic() + self.settings.spool_full_timeout_s
+        while True:
+            try:
+                drain()
+                return
+            except SpoolError as error:
+                if policy == "block" and self._clock.monotonic() < deadline:
+                    self._clock.sleep(0.05)
+                    continue
+                if policy != "resync":
+                    raise
+                log.error("%s: %s; the WAL is let go and a full copy follows", self.name, error)
+                self.capture.require_full_copy(f"the spool could not be written: {error}")
+                return
+
+    def before_close(self) -> None:
+        """The last connection is about to checkpoint and delete the WAL: drain, and get out."""
+        try:
+            self.capture.drain()
+        except ReplicaError as error:
+            log.error("%s: %s", self.name, error)
+        self._port.close()
+
+    def after_open(self) -> None:
+        """A connection is opening: plain connections of our own are allowed again."""
+        self._port.open()
+
+    def note_trouble(self, error: Exception) -> None:
+        """Something failed where SQLite could not be told; the gate will meet it again."""
+        log.error("%s: %s", self.name, error)
+
+    def before_fork(self) -> None:
+        """Nothing of ours may be half done, and no connection of ours open, in the child."""
+        self.capture.mutex.acquire()
+        self._port.close()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        self._port.open()
+        self.capture.mutex.release()
+
+    def after_fork_in_child(self) -> None:
+        """This process replicates nothing: its copies of connections must not write."""
+        self._closed = True
+        self.refusal = (
+            f"{self.name} was opened before this process was forked: open databases after the fork"
+        )
+        self._spool.forget_lock()
+
+    # -- for the application ------------------------------------------------------------------
+
+    def sync(self, timeout: float | None = None) -> int:
+        """Wait until everything committed so far is in the replica.
+
+        Args:
+            timeout: seconds; None waits as long as it takes.
+
+        Returns:
+            The TXID that holds the newest commit; 0 if nothing was ever committed.
+
+        Raises:
+            NotYetReplicated: the time ended first; what is committed is local and will be shipped.
+            ReplicaError: it can never be shipped (fenced, refused).
+        """
+        if self._closed:
+            raise ClosedError(f"replication of {self.name} is closed")
+        ticket = self.uploader.request_sync()
+        txid = self.uploader.wait(ticket, timeout)
+        if txid is None:
+            raise self._not_yet(timeout)
+        return txid
+
+    def _not_yet(self, timeout: float | None) -> NotYetReplicated:
+        status = self.status()
+        trouble = f" ({status.last_error})" if status.last_error else ""
+        return NotYetReplicated(
+            f"{self.name}: not in {self._store.url} after {timeout:g} s{trouble}; everything "
+            "committed is safe on this disk and will be shipped"
+            if timeout is not None
+            else f"{self.name}: replication stopped before everything was shipped",
+            txid=status.txid or None,
+            replicated_txid=status.replicated_txid,
+        )
+
+    def status(self) -> Status:
+        """How replication stands; makes no request."""
+        state = self.capture.state
+        uploader = self.uploader
+        progress = uploader.progress
+        fatal = uploader.fatal
+        error = str(fatal) if fatal is not None else self.refusal or progress.last_error
+        if self._closed or fatal is not None or self.refusal is not None:
+            name = "stopped"
+        elif progress.last_error is not None:
+            name = "retrying"
+        else:
+            name = "ok" if uploader.reconciled else "opening"
+        return Status(
+            path=self.path,
+            replica=self._store.url,
+            state=name,
+            txid=state.txid,
+            replicated_txid=uploader.replicated_txid,
+            lag_s=uploader.lag_s(),
+            pending_bytes=state.pending_bytes,
+            wal_bytes=_size_of(self.path + "-wal"),
+            uploads=progress.uploads,
+            upload_bytes=progress.upload_bytes,
+            last_upload_ms=progress.last_upload_ms,
+            last_error=error,
+        )
+
+    # -- life ---------------------------------------------------------------------------------
+
+    def drain(self, timeout: float) -> bool:
+        """Ship what is committed, for at most ``timeout`` seconds; False if something stayed."""
+        ticket = self.uploader.request_sync()
+        try:
+            return self.uploader.wait(ticket, timeout) is not None
+        except ReplicaError:
+            return False
+
+    def close(self, drained: bool) -> None:
+        """Stop, and say what stays behind.  Call `drain` first.  Safe to call twice.
+
+        What was not shipped stays in the WAL and the spool, and goes out after the next open.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self.uploader.stop()
+        if not drained and self.uploader.fatal is None:
+            state = self.capture.state
+            log.warning(
+                "%s: closed with %d sealed bytes behind txid %s that are not in %s yet; they are "
+                "shipped after the next open",
+                self.name,
+                state.pending_bytes,
+                format_txid(self.uploader.replicated_txid),
+                self._store.url,
+            )
+        self.release()
+
+    def release(self) -> None:
+        """Give up files, connections and the lock at once, shipping nothing."""
+        self._closed = True
+        self._port.close()
+        self.capture.close()
+        with self.capture.mutex:
+            self._spool.close()
+        self._store.close()
+
+
+def restore_if_missing(settings: DatabaseSettings, clock: Clock | None = None) -> bool:
+    """Restore the database if its file is missing or empty and the replica has data.
+
+    Afterwards its position is known, so replication goes on incrementally.
+
+    Returns:
+        Whether something was restored.
+
+    Raises:
+        StoreError: the replica could not be asked; starting with an empty database would fork it.
+        RestoreError: the restore failed; no file appeared.
+    """
+    clock = clock or SystemClock()
+    path = Path(settings.path)
+    if settings.replica is None or _size_of(path) > 0:
+        return False
+    raw = open_store(settings.replica.store, clock)
+    store = RetryingStore(raw, clock, attempts=3)
+    directory = state_directory(path, settings.meta_path)
+    try:
+        spool = Spool.open(directory)
+    except InUseError:
+        return False  # the process that has it will see to it, or refuse us
+    try:
+        if replica_head(store) is None and not _has_old_layout(store):
+            return False
+        result = restore(store, path, clock=clock, overwrite=True)
+        log.info(
+            "%s: restored from %s, txid %s", path.name, store.url, format_txid(result.txid or 0)
+        )
+        if result.txid is not None:
+            spool.record(
+                _restored_state(new_lineage(), raw.url, result, str(path), clock),
+                drop_pieces=True,
+                drop_segments=True,
+            )
+        return True
+    except NoBackupError:
+        return False
+    finally:
+        spool.close()
+        raw.close()
+
+
+def _has_old_layout(store: ObjectStore) -> bool:
+    return next(iter(store.list("generations/")), None) is not None
+
+
+def _restored_state(
+    lineage: str, url: str, result: RestoreResult, path: str, clock: Clock
+) -> State:
+    """The record of a database that was just restored: at that TXID, with no WAL."""
+    clock.sleep(0.02)  # a younger file could change again without a visible sign
+    txid = result.txid or 0
+    return State(
+        lineage=lineage,
+        replica=url,
+        txid=txid,
+        acked_txid=txid,
+        commit=result.commit,
+        page_size=result.page_size,
+        fingerprint=Fingerprint.of(path),
+    )
+
+
+def _size_of(path: str | Path) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0

@@ -1,0 +1,249 @@
+"""The port to SQLite: the only module of the engine that knows apsw.
+
+Everything here works on *plain* connections (the operating system's default VFS) of the same SQLite
+library that the application uses through the replicating VFS.  Their POSIX locks share one
+bookkeeping inside SQLite, so they are safe beside the application's connections.  They are never
+allowed to checkpoint on close, because closing a plain connection as the last one would delete the
+WAL with no callback in our VFS.
+
+The errors that have to cross SQLite's own call stack live here too: what leaves a VFS callback must
+be an ``apsw.IOError``, or SQLite does not roll the transaction back.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, NamedTuple
+
+import apsw
+
+from .errors import ReplicaError
+
+__all__ = [
+    "SQLITE_MIN_VERSION",
+    "FencedError",
+    "NotYetReplicated",
+    "Published",
+    "ReadView",
+    "RefusedError",
+    "SpoolError",
+    "SqlitePort",
+    "connections_to",
+    "require_sqlite",
+]
+
+#: 3.51.3 fixed a corruption in the reset of the WAL, and 3.51 brought the NOOP checkpoint.
+SQLITE_MIN_VERSION: Final = 3_051_003
+
+#: Attempts at the wal-index: a torn header or a busy recovery lock clears within microseconds.
+_PROBE_ATTEMPTS: Final = 200
+
+
+class FencedError(ReplicaError, apsw.IOError):
+    """Another writer owns the replica: this database refuses further commits."""
+
+
+class NotYetReplicated(ReplicaError, apsw.IOError):
+    """A wait for the replica ended first.  Everything committed is local and will be shipped.
+
+    Attributes:
+        txid: the TXID that was waited for, or None if none was given yet.
+        replicated_txid: highest TXID known to be in the replica.
+    """
+
+    def __init__(self, message: str, *, txid: int | None, replicated_txid: int) -> None:
+        super().__init__(message)
+        self.txid = txid
+        self.replicated_txid = replicated_txid
+
+
+class SpoolError(ReplicaError, apsw.IOError):
+    """The local spool beside the database cannot be written (disk full, I/O error)."""
+
+
+class RefusedError(ReplicaError, apsw.IOError):
+    """SQLite was asked for something that cannot be replicated; nothing was changed."""
+
+
+class Published(NamedTuple):
+    """What the wal-index says: frames committed and visible, and how many are in the main file."""
+
+    mx_frame: int
+    n_backfill: int
+
+
+def require_sqlite() -> None:
+    """Refuse an SQLite library that is too old to be trusted with replication.
+
+    Raises:
+        RefusedError: naming both versions.
+    """
+    if apsw.SQLITE_VERSION_NUMBER < SQLITE_MIN_VERSION:
+        raise RefusedError(
+            f"SQLite {apsw.sqlite_lib_version()} cannot be replicated safely: 3.51.3 or newer is "
+            "needed (pip install -U apsw)"
+        )
+
+
+def connections_to(path: str) -> int:
+    """How many open connections of this library (any VFS) have ``path`` as a database."""
+    count = 0
+    for connection in apsw.connections():
+        try:
+            names = connection.db_names()
+            count += sum(1 for name in names if connection.db_filename(name) == path)
+        except apsw.Error:
+            continue  # closed meanwhile, or in use by another thread's destructor
+    return count
+
+
+class ReadView:
+    """A consistent state of the database, held by a read mark.  Use in the thread that made it.
+
+    Attributes:
+        mx_frame: frames of the current WAL that belong to the state.
+        main_only: every page of the state is in the main file; a writer may restart the WAL
+            meanwhile, so the WAL must not be read.
+    """
+
+    def __init__(self, connection: apsw.Connection, mx_frame: int, main_only: bool) -> None:
+        self._connection = connection
+        self.mx_frame = mx_frame
+        self.main_only = main_only
+
+    def read_main(self, offset: int, length: int) -> bytes:
+        """Up to ``length`` bytes of the main file at ``offset``; zeros stand in past its end."""
+        return _read_main(self._connection, offset, length)
+
+
+class SqlitePort:
+    """Plain connections to one database, opened on first use.  Thread-safe where it says so.
+
+    Args:
+        path: absolute path of the main database file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        # Guards `_probe`, which any thread may use for the microseconds a NOOP takes.
+        self._probe_lock = threading.Lock()
+        self._probe: apsw.Connection | None = None
+        self._shut = False
+
+    def _open(self) -> apsw.Connection:
+        flags = apsw.SQLITE_OPEN_READWRITE
+        connection = apsw.Connection(self.path, flags=flags, vfs=_default_vfs())
+        connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+        connection.set_busy_timeout(0)
+        connection.wal_autocheckpoint(0)
+        return connection
+
+    def open(self) -> None:
+        """Allow connections again after `close`."""
+        with self._probe_lock:
+            self._shut = False
+
+    def published(self) -> Published | None:
+        """What the wal-index says now; None without WAL mode, or if it cannot be had.
+
+        Any thread, also from inside a VFS callback; takes no lock that SQLite waits for.  Recovers
+        a hot WAL on the first call, so look at the files before that.
+        """
+        with self._probe_lock:
+            if self._shut:
+                return None
+            for _ in range(_PROBE_ATTEMPTS):
+                try:
+                    if self._probe is None:
+                        probe = self._open()
+                        self._probe = probe
+                    mx_frame, n_backfill = self._probe.wal_checkpoint(
+                        mode=apsw.SQLITE_CHECKPOINT_NOOP
+                    )
+                    if mx_frame < 0:
+                        # Not opened yet, torn, or not in WAL mode: reading tells which.
+                        mode = self._probe.pragma("journal_mode")
+                        if mode != "wal":
+                            return None
+                        _read_once(self._probe)
+                        continue
+                    return Published(mx_frame, n_backfill)
+                except (apsw.BusyError, apsw.LockedError, apsw.ProtocolError):
+                    continue
+                except (apsw.CantOpenError, apsw.NotADBError, apsw.IOError):
+                    return None
+            return None
+
+    def read_main(self, offset: int, length: int) -> bytes:
+        """Bytes of the main file as they are now, through SQLite's own descriptor; any thread."""
+        with self._probe_lock:
+            if self._probe is None:
+                self._probe = self._open()
+                _read_once(self._probe)
+            return _read_main(self._probe, offset, length)
+
+    def holds_shared_lock(self) -> bool:
+        """Whether a connection of this port should be holding SQLite's shared lock right now."""
+        return self._probe is not None
+
+    @contextmanager
+    def read_view(self, observe: Callable[[int], None]) -> Iterator[ReadView | None]:
+        """Take a read mark; None if a writer or a checkpoint was in the way (try again later).
+
+        Three connections, as the wal-index demands: one keeps writers out for microseconds, one
+        takes the mark, one asks how much of the WAL belongs to it.
+
+        Args:
+            observe: called with mxFrame while writers are kept out; must be quick.
+        """
+        reader = self._open()
+        try:
+            yield self._mark(reader, observe)
+        finally:
+            reader.close(True)
+
+    def _mark(self, reader: apsw.Connection, observe: Callable[[int], None]) -> ReadView | None:
+        locker = self._open()
+        try:
+            try:
+                if reader.pragma("journal_mode") != "wal":
+                    return None
+                locker.execute("BEGIN IMMEDIATE")
+                reader.execute("BEGIN")
+                _read_once(reader)
+                published = self.published()
+                if published is not None:
+                    observe(published.mx_frame)
+                locker.execute("ROLLBACK")
+            except (apsw.BusyError, apsw.LockedError):
+                return None
+            if published is None:
+                return None
+            main_only = published.n_backfill == published.mx_frame
+            return ReadView(reader, published.mx_frame, main_only)
+        finally:
+            locker.close(True)
+
+    def close(self) -> None:
+        """Close the connections; nothing is checkpointed.  Safe to call twice, any thread."""
+        with self._probe_lock:
+            self._shut = True
+            if self._probe is not None:
+                self._probe.close(True)
+                self._probe = None
+
+
+def _default_vfs() -> str:
+    return "unix"
+
+
+def _read_once(connection: apsw.Connection) -> None:
+    """Make SQLite open the WAL: nothing is known of it before the first read."""
+    connection.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchall()
+
+
+def _read_main(connection: apsw.Connection, offset: int, length: int) -> bytes:
+    result: tuple[bool, Any] = connection.read("main", 0, offset, length)
+    return bytes(result[1])

@@ -1,0 +1,634 @@
+"""Objects in an S3-compatible store, through boto3; the only module that imports it.
+
+One request per call: the SDK's own retries are off, so that an unclear answer to a create-only
+write is never repeated behind the caller's back (``retrying.RetryingStore`` repeats, and tells).
+The exception are the parts of a multipart upload, which have no effect until the upload is
+completed: each is tried a few times here rather than sending gigabytes again.
+
+Layout: ``<path>/<level as 4 hex digits>/<min>-<max>.ltx``.  A store at a bucket's top writes
+``0000/...``; keys of the forms ``/0000/...`` and ``./0000/...``, which Litestream makes from URLs
+without a path, are found and continued (see ``_find_root``).
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import boto3.session
+import botocore.exceptions as boto_errors
+from botocore.config import Config
+from botocore.parsers import DEFAULT_TIMESTAMP_PARSER
+from botocore.session import get_session
+
+from walship.replica.clock import Clock
+from walship.replica.errors import (
+    ConfigError,
+    ObjectNotFound,
+    PreconditionFailed,
+    StoreError,
+    StoreUnavailable,
+)
+
+from .base import Body, ObjectInfo
+from .settings import S3Settings
+from .timestamps import TIMESTAMP_METADATA, format_timestamp
+
+if TYPE_CHECKING:
+    from botocore.awsrequest import AWSRequest
+    from mypy_boto3_s3.client import S3Client
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
+
+__all__ = ["S3Store"]
+
+_log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+_DELETE_BATCH: Final = 1000  # what one DeleteObjects takes
+_MAX_PARTS: Final = 10_000  # what one multipart upload takes
+_MIB: Final = 1024 * 1024
+_PART_PAUSES_S: Final = (0.2, 0.5, 1.0)  # before the 2nd, 3rd and 4th attempt at a part
+_ROOT_FORMS: Final = ("", "/", "./")
+
+_RETRYABLE_STATUS: Final = frozenset({408, 429, 500, 502, 503, 504, 507, 509})
+_RETRYABLE_CODES: Final = frozenset(
+    {
+        "BadDigest",
+        "ConditionalRequestConflict",
+        "IncompleteBody",
+        "InternalError",
+        "OperationAborted",
+        "RequestCanceled",
+        "RequestLimitExceeded",
+        "RequestTimeout",
+        "RequestTimeoutException",
+        "ServiceUnavailable",
+        "SlowDown",
+        "Throttling",
+        "ThrottlingException",
+        "TooManyRequests",
+        "XAmzContentSHA256Mismatch",
+    }
+)
+#: The server says that it did not do what was asked, and that asking again makes sense.
+_WITHOUT_EFFECT_CODES: Final = frozenset(
+    {"BadDigest", "ConditionalRequestConflict", "IncompleteBody", "OperationAborted", "SlowDown"}
+)
+_ADVICE: Final = {
+    "AccessDenied": "check that the keys may list, read, write and delete there",
+    "AllAccessDisabled": "check the account",
+    "AuthorizationHeaderMalformed": "check `region`",
+    "ExpiredToken": "the session token has expired: renew the credentials",
+    "IllegalLocationConstraintException": "check `region` and `endpoint`",
+    "InvalidAccessKeyId": "check `access-key-id` (AWS_ACCESS_KEY_ID), and that it is a key of "
+    "this endpoint",
+    "InvalidBucketName": "check `bucket`",
+    "InvalidToken": "check `session-token` (AWS_SESSION_TOKEN)",
+    "NotImplemented": "this store lacks something that is needed (create-only writes, perhaps)",
+    "PermanentRedirect": "check `region` and `endpoint`: the bucket is elsewhere",
+    "RequestTimeTooSkewed": "the clock of this machine is wrong: set it (NTP)",
+    "SignatureDoesNotMatch": "check `secret-access-key` (AWS_SECRET_ACCESS_KEY) and `region`",
+}
+
+
+class S3Store:
+    """An S3-compatible bucket, or what lies below a path in it.  Thread-safe.
+
+    Args:
+        settings: see ``S3Settings``.
+        clock: for pauses between attempts at a part.
+
+    Raises:
+        ConfigError: settings that the SDK refuses, an unknown profile for instance.
+    """
+
+    def __init__(self, settings: S3Settings, clock: Clock) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._bucket = settings.bucket
+        self._lock = threading.Lock()
+        self._root = f"{settings.path}/" if settings.path else None  # guarded by _lock
+        self._client = _make_client(settings)
+        self._read_args: dict[str, Any] = {}
+        self._write_args: dict[str, Any] = {}
+        if settings.sse_customer_key is not None:
+            self._read_args["SSECustomerAlgorithm"] = settings.sse_customer_algorithm or "AES256"
+            self._read_args["SSECustomerKey"] = settings.sse_customer_key
+            self._write_args.update(self._read_args)
+        if settings.sse_kms_key_id is not None:
+            self._write_args["ServerSideEncryption"] = "aws:kms"
+            self._write_args["SSEKMSKeyId"] = settings.sse_kms_key_id
+        if settings.storage_class is not None:
+            self._write_args["StorageClass"] = settings.storage_class
+
+    def __repr__(self) -> str:
+        return f"S3Store({self.url!r})"
+
+    @property
+    def url(self) -> str:
+        url = f"s3://{self._bucket}/{self._settings.path}".removesuffix("/")
+        if self._settings.endpoint is not None:
+            url += f"?endpoint={self._settings.endpoint.removeprefix('https://')}"
+        return url
+
+    def level_prefix(self, level: int) -> str:
+        return f"{level:04x}/"
+
+    def put(
+        self,
+        key: str,
+        body: Body,
+        *,
+        timestamp_ms: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+        if_absent: bool = False,
+    ) -> ObjectInfo:
+        size = _body_size(body)
+        extra: dict[str, Any] = dict(self._write_args)
+        entries = dict(metadata or {})
+        if timestamp_ms is not None:
+            entries[TIMESTAMP_METADATA] = format_timestamp(timestamp_ms)
+        if entries:
+            extra["Metadata"] = entries
+        if size <= self._settings.part_size:
+            if if_absent:
+                extra["IfNoneMatch"] = "*"
+            answer: Mapping[str, Any] = self._call(
+                "write",
+                key,
+                lambda name: self._client.put_object(
+                    Bucket=self._bucket, Key=name, Body=_read_part(body, 0, size), **extra
+                ),
+            )
+        else:
+            answer = self._put_parts(key, body, size, extra, if_absent)
+        return ObjectInfo(key, size, self._answered_ms(answer), _etag(answer), entries)
+
+    def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+        if length is not None and length <= 0:
+            self.head(key)  # a range cannot be empty
+            return b""
+        last = "" if length is None else start + length - 1
+
+        def read(name: str) -> bytes:
+            answer = self._client.get_object(
+                Bucket=self._bucket, Key=name, Range=f"bytes={start}-{last}", **self._read_args
+            )
+            with contextlib.closing(answer["Body"]) as stream:
+                content = stream.read()
+            if answer["ResponseMetadata"]["HTTPStatusCode"] == 200 and (
+                start or length is not None
+            ):
+                # The server sent everything: some do when the range covers it, a few always.
+                return content[start : None if length is None else start + length]
+            return content
+
+        try:
+            return self._call("read", key, read)
+        except StoreError as error:
+            if error.code in ("InvalidRange", "416"):  # `start` is at or behind the end
+                return b""
+            raise
+
+    def head(self, key: str) -> ObjectInfo:
+        answer = self._call(
+            "read",
+            key,
+            lambda name: self._client.head_object(Bucket=self._bucket, Key=name, **self._read_args),
+        )
+        return ObjectInfo(
+            key,
+            answer["ContentLength"],
+            _epoch_ms(answer["LastModified"]),
+            _etag(answer),
+            {name.lower(): value for name, value in answer.get("Metadata", {}).items()},
+        )
+
+    def list(self, prefix: str, start_after: str | None = None) -> Iterator[ObjectInfo]:
+        request: dict[str, Any] = {}
+        if start_after is not None:
+            request["StartAfter"] = self._find_root() + start_after
+        while True:
+            answer = self._call(
+                "list",
+                prefix,
+                lambda name, request=request: self._client.list_objects_v2(  # type: ignore[misc]
+                    Bucket=self._bucket, Prefix=name, **request
+                ),
+            )
+            strip = len(self._find_root())
+            for item in answer.get("Contents", ()):
+                yield ObjectInfo(
+                    item["Key"][strip:],
+                    item["Size"],
+                    _epoch_ms(item["LastModified"]),
+                    _etag(item),
+                )
+            if not answer.get("IsTruncated"):
+                return
+            request = {"ContinuationToken": answer["NextContinuationToken"]}
+
+    def delete(self, keys: Sequence[str]) -> None:
+        for start in range(0, len(keys), _DELETE_BATCH):
+            batch = keys[start : start + _DELETE_BATCH]
+            root = self._find_root()
+            answer = self._call(
+                "delete",
+                batch[0],
+                lambda _name, names=[root + key for key in batch]: (  # type: ignore[misc]
+                    self._client.delete_objects(
+                        Bucket=self._bucket,
+                        Delete={"Objects": [{"Key": name} for name in names], "Quiet": True},
+                    )
+                ),
+            )
+            for failure in answer.get("Errors", ()):
+                code = failure.get("Code", "")
+                if code in ("NoSuchKey", "NoSuchVersion"):
+                    continue
+                raise self._refused(
+                    "delete",
+                    failure.get("Key", batch[0]).removeprefix(root),
+                    code,
+                    failure.get("Message", ""),
+                    200,
+                )
+
+    def close(self) -> None:
+        self._client.close()
+
+    # --- multipart --------------------------------------------------------------------------------
+
+    def _put_parts(
+        self, key: str, body: Body, size: int, extra: dict[str, Any], if_absent: bool
+    ) -> Mapping[str, Any]:
+        started = self._call(
+            "write",
+            key,
+            lambda name: self._client.create_multipart_upload(
+                Bucket=self._bucket, Key=name, **extra
+            ),
+        )
+        upload_id = started["UploadId"]
+        try:
+            parts = self._send_parts(key, body, size, upload_id)
+            return self._complete(key, upload_id, parts, if_absent)
+        except BaseException:
+            # Unfinished parts cost money until somebody aborts them; a completed upload no longer
+            # exists, so this cannot remove what an unseen success created.
+            try:
+                self._call(
+                    "write",
+                    key,
+                    lambda name: self._client.abort_multipart_upload(
+                        Bucket=self._bucket, Key=name, UploadId=upload_id
+                    ),
+                )
+            except StoreError as error:
+                if error.code != "NoSuchUpload":
+                    _log.warning("abort-failed key=%s error=%s", key, error)
+            raise
+
+    def _send_parts(
+        self, key: str, body: Body, size: int, upload_id: str
+    ) -> Sequence[CompletedPartTypeDef]:
+        part_size = max(self._settings.part_size, -(-size // (_MAX_PARTS * _MIB)) * _MIB)
+        count = -(-size // part_size)
+
+        def send(index: int) -> CompletedPartTypeDef:
+            start = index * part_size
+
+            def once(name: str) -> CompletedPartTypeDef:
+                answer = self._client.upload_part(
+                    Bucket=self._bucket,
+                    Key=name,
+                    UploadId=upload_id,
+                    PartNumber=index + 1,
+                    Body=_read_part(body, start, min(part_size, size - start)),
+                    **self._read_args,
+                )
+                return {"PartNumber": index + 1, "ETag": answer["ETag"]}
+
+            return self._persist(lambda: self._call("write", key, once))
+
+        workers = min(self._settings.concurrency, count)
+        if workers > 1:
+            # A part is read from its file by the thread that sends it, so that memory holds no
+            # more than `workers` of them.
+            with ThreadPoolExecutor(workers, "walship-part") as pool:
+                try:
+                    futures = [pool.submit(send, index) for index in range(count)]
+                except RuntimeError:  # the interpreter is ending: no more threads
+                    pool.shutdown(cancel_futures=True)
+                else:
+                    try:
+                        return [future.result() for future in futures]
+                    except BaseException:
+                        pool.shutdown(wait=False, cancel_futures=True)
+                        raise
+        return [send(index) for index in range(count)]
+
+    def _complete(
+        self, key: str, upload_id: str, parts: Sequence[CompletedPartTypeDef], if_absent: bool
+    ) -> Mapping[str, Any]:
+        condition: dict[str, Any] = {"IfNoneMatch": "*"} if if_absent else {}
+        try:
+            return self._call(
+                "write",
+                key,
+                lambda name: self._client.complete_multipart_upload(
+                    Bucket=self._bucket,
+                    Key=name,
+                    UploadId=upload_id,
+                    MultipartUpload={"Parts": parts},
+                    **condition,
+                ),
+            )
+        except StoreError as error:
+            if error.code == "NoSuchUpload":  # somebody aborted it: a new one may succeed
+                raise StoreUnavailable(str(error), ambiguous=False, code=error.code) from error
+            raise
+
+    def _persist(self, attempt: Callable[[], _T]) -> _T:
+        for pause in _PART_PAUSES_S:
+            try:
+                return attempt()
+            except StoreUnavailable as error:
+                _log.debug("part-retry error=%s", error)
+            self._clock.sleep(pause)
+        return attempt()
+
+    # --- where the keys are -----------------------------------------------------------------------
+
+    def _find_root(self) -> str:
+        """What stands before every key.  Asks the store once when it is opened at a bucket's top.
+
+        Litestream makes ``./0000/...`` of ``s3://bucket`` and ``/0000/...`` of ``s3://bucket/``;
+        such replicas are continued where they are.  Without one, keys start with the level.
+        """
+        with self._lock:
+            root = self._root
+        if root is not None:
+            return root
+        for form in _ROOT_FORMS:
+            if self._has_levels(form):
+                root = form
+                break
+        else:
+            root = ""
+        if root:
+            _log.info("root-form bucket=%s prefix=%s", self._bucket, root)
+        with self._lock:
+            if self._root is None:
+                self._root = root
+            return self._root
+
+    def _has_levels(self, form: str) -> bool:
+        prefix = f"{form}000"  # levels 0 to 9 in 4 hex digits
+        try:
+            answer = self._sent(
+                "list",
+                prefix,
+                lambda: self._client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, MaxKeys=1),
+            )
+        except StoreError as error:
+            # Some stores call such a prefix invalid: then nothing can be there.
+            if form and not error.retryable and error.code not in ("AccessDenied", "403"):
+                return False
+            raise
+        return any(item["Key"].startswith(prefix) for item in answer.get("Contents", ()))
+
+    # --- requests and errors ----------------------------------------------------------------------
+
+    def _call(self, action: str, key: str, request: Callable[[str], _T]) -> _T:
+        """Send one request for ``key``; anything that goes wrong comes out as a StoreError."""
+        name = self._find_root() + key
+        return self._sent(action, key, lambda: request(name))
+
+    def _sent(self, action: str, key: str, request: Callable[[], _T]) -> _T:
+        try:
+            return request()
+        except StoreError:
+            raise
+        except boto_errors.ClientError as error:
+            details = error.response.get("Error", {})
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            code = details.get("Code") or str(status)
+            raise self._refused(action, key, code, details.get("Message", ""), status) from error
+        except boto_errors.BotoCoreError as error:
+            raise self._failed(action, key, error) from error
+        except OSError as error:
+            raise StoreUnavailable(
+                f"{self._what(action, key)}: {_one_line(error)}", code=type(error).__name__
+            ) from error
+
+    def _what(self, action: str, key: str) -> str:
+        return f"cannot {action} {key or '(anything)'} in {self.url}"
+
+    def _refused(self, action: str, key: str, code: str, message: str, status: int) -> StoreError:
+        what = self._what(action, key)
+        said = f"{code}: {_one_line(message)}" if message and message != code else code
+        if code == "NoSuchBucket":
+            return StoreError(
+                f"{what}: bucket {self._bucket!r} does not exist: create it, or check `bucket` "
+                "and `endpoint`",
+                code=code,
+            )
+        if code in ("NoSuchKey", "404", "NotFound") and action == "read":
+            return ObjectNotFound(f"no object {key} in {self.url}", code=code)
+        if status == 412 or code == "PreconditionFailed":
+            return PreconditionFailed(f"{key} exists already in {self.url}", code=code)
+        if code in _RETRYABLE_CODES or (status in _RETRYABLE_STATUS and code != "NotImplemented"):
+            return StoreUnavailable(
+                f"{what}: {said}", code=code, ambiguous=code not in _WITHOUT_EFFECT_CODES
+            )
+        advice = _ADVICE.get(code, "")
+        if not advice and status in (401, 403):
+            advice = "check the credentials, what they may do, and the clock of this machine"
+        if not advice and status in (301, 307):
+            advice = _ADVICE["PermanentRedirect"]
+        return StoreError(f"{what}: {said}" + (f" ({advice})" if advice else ""), code=code)
+
+    def _failed(self, action: str, key: str, error: boto_errors.BotoCoreError) -> StoreError:
+        what = self._what(action, key)
+        code = type(error).__name__
+        text = _one_line(error)
+        if isinstance(error, (boto_errors.NoCredentialsError, boto_errors.PartialCredentialsError)):
+            return StoreError(
+                f"{what}: no credentials (set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+                "`access-key-id` and `secret-access-key`, or `profile`)",
+                code=code,
+            )
+        if isinstance(
+            error, (boto_errors.CredentialRetrievalError, boto_errors.MetadataRetrievalError)
+        ):
+            return StoreUnavailable(f"{what}: {text}", code=code, ambiguous=False)
+        if isinstance(error, boto_errors.SSLError) and "certificate" in text.lower():
+            return StoreError(
+                f"{what}: {text} (trust the certificate with AWS_CA_BUNDLE, or check `endpoint`)",
+                code=code,
+            )
+        if isinstance(
+            error, (boto_errors.EndpointConnectionError, boto_errors.ConnectTimeoutError)
+        ):
+            # Nothing was sent.
+            return StoreUnavailable(f"{what}: {text}", code=code, ambiguous=False)
+        if isinstance(
+            error,
+            (
+                boto_errors.ConnectionError,
+                boto_errors.HTTPClientError,
+                boto_errors.IncompleteReadError,
+            ),
+        ) or code in ("ResponseParserError", "ResponseStreamingError"):
+            return StoreUnavailable(f"{what}: {text}", code=code)
+        return StoreError(f"{what}: {text}", code=code)
+
+    def _answered_ms(self, answer: Mapping[str, Any]) -> int:
+        try:
+            date = answer["ResponseMetadata"]["HTTPHeaders"]["date"]
+            return _epoch_ms(parsedate_to_datetime(date))
+        except (KeyError, ValueError, TypeError):
+            return self._clock.now_ms()
+
+
+def _make_client(settings: S3Settings) -> S3Client:
+    verify: bool | str | None = None
+    if settings.skip_verify:
+        verify = False
+        # One warning of ours instead of one of urllib3's with every request.
+        _log.warning("tls-not-verified endpoint=%s", settings.endpoint)
+        import urllib3
+
+        urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
+    elif settings.ca_bundle is not None:
+        verify = str(settings.ca_bundle)
+    try:
+        core = get_session()
+        # Listings spend most of their time in the general date parser.
+        core.get_component("response_parser_factory").set_parser_defaults(
+            timestamp_parser=_parse_date
+        )
+        session = boto3.session.Session(profile_name=settings.profile, botocore_session=core)
+        client = session.client(
+            "s3",
+            endpoint_url=settings.endpoint,
+            region_name=settings.region or session.region_name or "us-east-1",
+            aws_access_key_id=settings.access_key_id,
+            aws_secret_access_key=settings.secret_access_key,
+            aws_session_token=settings.session_token,
+            verify=verify,
+            config=Config(
+                user_agent=f"walship boto3/{boto3.__version__}",
+                connect_timeout=settings.connect_timeout_s,
+                read_timeout=settings.read_timeout_s,
+                max_pool_connections=settings.max_connections,
+                parameter_validation=False,
+                retries={"total_max_attempts": 1, "mode": "standard"},
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+                signature_version="s3v4",
+                tcp_keepalive=True,
+                s3={  # type: ignore[arg-type]
+                    "addressing_style": "path" if settings.force_path_style else "virtual",
+                    "payload_signing_enabled": settings.sign_payload,
+                    "use_arn_region": True,
+                },
+            ),
+        )
+    except (boto_errors.BotoCoreError, ValueError) as error:
+        raise ConfigError(f"the S3 settings cannot be used: {_one_line(error)}") from error
+    events = client.meta.events
+    # Waiting for "100 Continue" costs a round trip with every write.
+    events.register_last("before-call.s3", _drop_expect)
+    if settings.tigris_consistent:
+        events.register("before-sign.s3", _add_tigris_header)
+    if settings.require_content_md5:
+        events.register("before-call.s3.DeleteObjects", _add_content_md5)
+    return client
+
+
+def _drop_expect(params: dict[str, Any], **_: object) -> None:
+    params["headers"].pop("Expect", None)
+
+
+def _add_tigris_header(request: AWSRequest, **_: object) -> None:
+    # A request that is signed again (after a redirect) must not carry it twice.
+    del request.headers["X-Tigris-Consistent"]
+    request.headers["X-Tigris-Consistent"] = "true"
+
+
+def _add_content_md5(params: dict[str, Any], **_: object) -> None:
+    digest = hashlib.md5(params["body"], usedforsecurity=False).digest()
+    params["headers"]["Content-MD5"] = base64.b64encode(digest).decode("ascii")
+
+
+_LISTED_DATE: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z")
+
+
+def _parse_date(text: Any) -> datetime:
+    if isinstance(text, str) and _LISTED_DATE.fullmatch(text):
+        try:
+            return datetime.fromisoformat(text)
+        except ValueError:
+            pass
+    parsed: datetime = DEFAULT_TIMESTAMP_PARSER(text)
+    return parsed
+
+
+def _epoch_ms(moment: datetime) -> int:
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return round(moment.timestamp() * 1000)
+
+
+def _etag(answer: Mapping[str, Any]) -> str | None:
+    etag = answer.get("ETag")
+    return etag.strip('"') if isinstance(etag, str) else None
+
+
+def _body_size(body: Body) -> int:
+    if isinstance(body, Path):
+        try:
+            return body.stat().st_size
+        except OSError as error:
+            raise StoreError(f"cannot read {body}: {error.strerror}") from error
+    return memoryview(body).nbytes
+
+
+def _read_part(body: Body, start: int, length: int) -> bytes:
+    if not isinstance(body, Path):
+        if isinstance(body, bytes) and start == 0 and length == len(body):
+            return body
+        return bytes(memoryview(body).cast("B")[start : start + length])
+    try:
+        fd = os.open(body, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            pieces = []
+            while length > 0 and (piece := os.pread(fd, length, start)):
+                pieces.append(piece)
+                start += len(piece)
+                length -= len(piece)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise StoreError(f"cannot read {body}: {error.strerror}") from error
+    if length:
+        raise StoreError(f"cannot upload {body}: it became shorter meanwhile")
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,537 @@
+"""The uploader: seals what is new and sends it, in the background.
+
+One scheduling thread per database and a few threads for requests, so that several segments may be
+in flight when the store is far away.  The logic is `Uploader.step`, which tests call with a clock of
+their own; `Uploader.run` only steps and waits for the bell.
+
+The bell is answered at once when the database was idle, and at most every sync interval under load.
+A TXID is given when a segment is frozen, its bytes are in the spool before they are sent, and they
+stay as they are until the answer is known.  Acknowledgements count in TXID order, whatever order
+the answers come in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import queue
+import random
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, Protocol
+
+from .capture import Capture
+from .clock import Clock
+from .errors import ObjectNotFound, PreconditionFailed, ReplicaError, StoreError
+from .format.types import format_txid
+from .spool import Sealed
+from .sqlite import FencedError
+from .store.base import ObjectInfo, ObjectStore, segment_key
+
+__all__ = ["Outcome", "Uploader"]
+
+log = logging.getLogger("walship.uploader")
+
+#: Segments that may be in flight at once.  Readers accept a hole of less than this at the tail.
+MAX_IN_FLIGHT: Final = 4
+#: How often the uploader looks without having been rung, in seconds: a crash can come before a bell.
+TICK_S: Final = 2.0
+#: Waits after failed requests double from the first to the second, in seconds, with jitter.
+BACKOFF_FIRST_S: Final = 0.2
+BACKOFF_LONGEST_S: Final = 30.0
+#: Waits after a refusal that needs a person (credentials, a missing bucket), in seconds.
+BACKOFF_REFUSED_S: Final = 10.0
+#: Pieces are merged while they cannot be sent, once there are more than this many.
+MERGE_PIECES: Final = 64
+#: Object metadata: proof that an object is ours although the answer to its PUT was lost.
+SHA256_METADATA: Final = "walship-sha256"
+
+
+class Reconcile(Protocol):
+    """Compares the local record with the replica before the first TXID is given."""
+
+    def __call__(self) -> None:
+        """Raises ContinuityError to refuse, StoreError to be tried again."""
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A segment in flight, or waiting to be sent again."""
+
+    sealed: Sealed
+    oldest: float  # monotonic time of the oldest commit in it
+    in_flight: bool = False
+    done: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a request thread found out about one segment."""
+
+    txid: int
+    error: ReplicaError | None
+
+
+@dataclass(slots=True)
+class _Progress:
+    """Counters for `status`; written by the scheduling thread only."""
+
+    uploads: int = 0
+    upload_bytes: int = 0
+    last_upload_ms: int | None = None
+    last_error: str | None = None
+
+
+class Uploader:
+    """Ships one database.  Public methods may be called from any thread.
+
+    Args:
+        name: of the database, for the log.
+        capture: where segments come from.
+        store: where they go; one attempt a call.
+        reconcile: run before the first segment is frozen, until it passes.
+        sync_interval_s: least time between the starts of two uploads under load, seconds.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        capture: Capture,
+        store: ObjectStore,
+        clock: Clock,
+        *,
+        reconcile: Reconcile,
+        sync_interval_s: float,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._name = name
+        self._capture = capture
+        self._store = store
+        self._clock = clock
+        self._reconcile = reconcile
+        self._sync_interval_s = sync_interval_s
+        self._rng = rng or random.Random()
+        # The doorbell: set by commits without a lock, cleared before the WAL is looked at.
+        self.dirty = False
+        self._wake = threading.Lock()
+        self._wake.acquire()
+        # Guards the fields that waiting threads look at.
+        self._changed = threading.Condition(threading.Lock())
+        self._tickets = 0
+        self._covered_ticket = 0
+        self._covered_txid = 0
+        self._acked_txid = capture.state.acked_txid
+        self._fatal: ReplicaError | None = None
+        self._stopping = False
+        # Scheduling thread only.
+        self._slots: dict[int, _Slot] = {}
+        self._reconciled = False
+        self._dirty_since: float | None = None
+        self._last_send = float("-inf")
+        self._failures = 0
+        self._retry_at = float("-inf")
+        self._down_since: float | None = None
+        self._refusal_logged: str | None = None
+        self._conditional = True
+        self._progress = _Progress()
+        # Request threads.
+        self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[Sealed | None] = queue.SimpleQueue()
+        self._workers: list[threading.Thread] = []
+        self._thread: threading.Thread | None = None
+
+    # -- from the application's threads -------------------------------------------------------
+
+    def ring(self) -> None:
+        """Something was committed.  Never raises, never blocks, takes no lock; costs nanoseconds."""
+        if not self.dirty:
+            self.dirty = True
+            self._poke()
+
+    def _poke(self) -> None:
+        try:
+            self._wake.release()
+        except RuntimeError:
+            pass  # it is awake already
+
+    def request_sync(self) -> int:
+        """Ask that everything committed so far be sent at once; a ticket for `wait`."""
+        with self._changed:
+            self._tickets += 1
+            ticket = self._tickets
+        self.dirty = True
+        self._poke()
+        return ticket
+
+    def wait(self, ticket: int, timeout: float | None) -> int | None:
+        """Wait until what `request_sync` asked for is in the replica.
+
+        Returns:
+            The TXID that holds it, or None after ``timeout`` seconds.
+
+        Raises:
+            ReplicaError: it can never get there (fenced, refused).
+        """
+        deadline = None if timeout is None else self._clock.monotonic() + timeout
+        target: int | None = None
+        with self._changed:
+            while True:
+                if target is None and self._covered_ticket >= ticket:
+                    target = self._covered_txid
+                if target is not None and self._acked_txid >= target:
+                    return target
+                if self._fatal is not None:
+                    raise self._fatal
+                left = None if deadline is None else deadline - self._clock.monotonic()
+                if (left is not None and left <= 0) or self._stopping:
+                    return None
+                self._changed.wait(left)
+
+    def wait_reconciled(self, timeout: float) -> bool:
+        """Wait until local record and replica were compared; False after ``timeout`` seconds.
+
+        Raises:
+            ReplicaError: they do not continue each other.
+        """
+        deadline = self._clock.monotonic() + timeout
+        with self._changed:
+            while not self._reconciled:
+                if self._fatal is not None:
+                    raise self._fatal
+                left = deadline - self._clock.monotonic()
+                if left <= 0:
+                    return False
+                self._changed.wait(left)
+        return True
+
+    @property
+    def replicated_txid(self) -> int:
+        """Highest TXID known to be in the replica, with all before it."""
+        return self._acked_txid
+
+    @property
+    def fatal(self) -> ReplicaError | None:
+        """Why this database may not be shipped any more, or None."""
+        return self._fatal
+
+    @property
+    def reconciled(self) -> bool:
+        """Whether local record and replica have been compared and continue each other."""
+        return self._reconciled
+
+    @property
+    def progress(self) -> _Progress:
+        """A copy of the counters."""
+        return replace(self._progress)
+
+    def lag_s(self) -> float:
+        """Age of the oldest commit that is not known to be in the replica, seconds; 0 without."""
+        times = [slot.oldest for slot in list(self._slots.values()) if not slot.done]
+        if self._dirty_since is not None:
+            times.append(self._dirty_since)
+        return max(0.0, self._clock.monotonic() - min(times)) if times else 0.0
+
+    # -- life ---------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the scheduling thread (a daemon: `close` and an exit handler drain)."""
+        self.dirty = True
+        self._thread = threading.Thread(target=self.run, name=f"walship:{self._name}", daemon=True)
+        self._thread.start()
+
+    def run(self) -> None:
+        """Step and wait for the bell until `stop`."""
+        while not self._stopping:
+            try:
+                delay = self.step(self._clock.monotonic())
+            except ReplicaError as error:
+                delay = self._failed(error)
+            except Exception:
+                log.exception("%s: unexpected error in the uploader", self._name)
+                delay = self._failed(ReplicaError("unexpected error, see the log"))
+            if delay > 0:
+                self._wake.acquire(timeout=delay)
+
+    def stop(self) -> None:
+        """End the threads without waiting for requests; what is frozen stays in the spool."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        self._poke()
+        for _ in self._workers:
+            self._requests.put(None)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=5)
+
+    # -- the scheduling thread ----------------------------------------------------------------
+
+    def step(self, now: float) -> float:
+        """Do what is due and return the seconds until there may be more; never blocks on a PUT.
+
+        Raises:
+            ReplicaError: what went wrong; the caller backs off.
+        """
+        self._collect_outcomes(now)
+        if self._fatal is not None:
+            return TICK_S
+        if self.dirty and self._dirty_since is None:
+            self._dirty_since = now
+        if now < self._retry_at:
+            self._merge_if_many()
+            return min(TICK_S, self._retry_at - now)
+        if not self._reconciled:
+            self._do_reconcile()
+            now = self._clock.monotonic()
+        self._send_waiting()
+        if len(self._slots) >= MAX_IN_FLIGHT:
+            self._merge_if_many()
+            return TICK_S
+        with self._changed:
+            ticket = self._tickets
+        due = self._last_send + self._sync_interval_s
+        if now < due and ticket == self._covered_ticket and not self._capture.more:
+            self._merge_if_many()
+            return min(TICK_S, due - now) if self._dirty_since is not None else TICK_S
+        return self._take_and_send(now, ticket)
+
+    def _take_and_send(self, now: float, ticket: int) -> float:
+        self.dirty = False
+        since, self._dirty_since = self._dirty_since, None
+        try:
+            sealed = self._next_segment()
+        except BaseException:
+            self._dirty_since = since if since is not None else now
+            raise
+        if sealed is not None:
+            self._slots[sealed.txid] = _Slot(sealed, since if since is not None else now)
+            self._last_send = now
+            self._send_waiting()
+            if self._capture.more:
+                self.dirty = True
+                return 0.0
+        elif self._capture.full_copy_reason is not None and self._capture.has_content():
+            # Writers were in the way of the copy.
+            self._dirty_since = since if since is not None else now
+            return 0.01
+        with self._changed:
+            self._covered_ticket = ticket
+            self._covered_txid = self._capture.state.txid
+            self._changed.notify_all()
+        return 0.0 if self.dirty and self._sync_interval_s <= 0 else TICK_S
+
+    def _next_segment(self) -> Sealed | None:
+        if self._capture.full_copy_reason is None:
+            return self._capture.take()
+        reason = self._capture.full_copy_reason
+        sealed = self._capture.copy()
+        if sealed is not None:
+            log.info(
+                "%s: full copy as txid %s, %d bytes (%s)",
+                self._name,
+                format_txid(sealed.txid),
+                sealed.size_bytes,
+                reason,
+            )
+        return sealed
+
+    def _merge_if_many(self) -> None:
+        if len(self._capture.state.pieces) > MERGE_PIECES:
+            self._capture.merge_pieces()
+
+    def _do_reconcile(self) -> None:
+        try:
+            self._reconcile()
+        except StoreError:
+            raise
+        except ReplicaError as error:
+            self._give_up(error)
+            raise
+        state = self._capture.state
+        for sealed in state.segments:
+            self._slots[sealed.txid] = _Slot(sealed, self._clock.monotonic())
+        with self._changed:
+            self._acked_txid = state.acked_txid
+            self._reconciled = True
+            self._changed.notify_all()
+        self._recovered()
+
+    def _give_up(self, error: ReplicaError) -> None:
+        with self._changed:
+            self._fatal = error
+            self._changed.notify_all()
+        log.error("%s: %s", self._name, error)
+
+    def _send_waiting(self) -> None:
+        """Hand frozen segments to the request threads, oldest first."""
+        if self._clock.monotonic() < self._retry_at:
+            return
+        for slot in list(self._slots.values())[:MAX_IN_FLIGHT]:
+            if slot.in_flight or slot.done:
+                continue
+            slot.in_flight = True
+            busy = sum(1 for s in self._slots.values() if s.in_flight and not s.done)
+            if busy > len(self._workers) and len(self._workers) < MAX_IN_FLIGHT:
+                self._start_worker()
+            self._requests.put(slot.sealed)
+
+    def _collect_outcomes(self, now: float) -> None:
+        failed: ReplicaError | None = None
+        while True:
+            try:
+                outcome = self._outcomes.get_nowait()
+            except queue.Empty:
+                break
+            slot = self._slots.get(outcome.txid)
+            if slot is None:
+                continue
+            slot.in_flight = False
+            if outcome.error is None:
+                slot.done = True
+                self._progress.uploads += 1
+                self._progress.upload_bytes += slot.sealed.size_bytes
+                self._progress.last_upload_ms = self._clock.now_ms()
+            elif isinstance(outcome.error, FencedError):
+                self._give_up(outcome.error)
+            else:
+                failed = outcome.error
+        self._acknowledge()
+        if failed is not None:
+            self._failed(failed)
+
+    def _acknowledge(self) -> None:
+        """Count finished segments, in TXID order and without a gap."""
+        acked = 0
+        for txid, slot in list(self._slots.items()):
+            if not slot.done:
+                break
+            acked = txid
+            del self._slots[txid]
+        if not acked:
+            return
+        with self._capture.mutex:
+            self._capture.acknowledge(acked)
+        with self._changed:
+            self._acked_txid = acked
+            self._changed.notify_all()
+        self._recovered()
+
+    def _failed(self, error: ReplicaError) -> float:
+        """Note a failure and back off; one line in the log when trouble begins, one when it ends."""
+        now = self._clock.monotonic()
+        self._failures += 1
+        self._progress.last_error = str(error)
+        retryable = isinstance(error, StoreError) and error.retryable
+        first = BACKOFF_FIRST_S if retryable else BACKOFF_REFUSED_S
+        wait = min(BACKOFF_LONGEST_S, first * 2 ** min(self._failures - 1, 10))
+        wait *= 0.5 + self._rng.random() / 2
+        self._retry_at = now + wait
+        if self._down_since is None:
+            self._down_since = now
+        if self._refusal_logged != str(error) and (not retryable or self._failures == 3):
+            self._refusal_logged = str(error)
+            log.warning("%s: cannot replicate: %s (trying again)", self._name, error)
+        return wait
+
+    def _recovered(self) -> None:
+        if self._failures and self._refusal_logged is not None:
+            down = self._clock.monotonic() - (self._down_since or 0.0)
+            log.warning("%s: replicating again after %.1f s", self._name, down)
+        self._failures = 0
+        self._retry_at = float("-inf")
+        self._down_since = None
+        self._refusal_logged = None
+        self._progress.last_error = None
+
+    # -- request threads ----------------------------------------------------------------------
+
+    def _start_worker(self) -> None:
+        worker = threading.Thread(target=self._work, name=f"walship:{self._name}:put", daemon=True)
+        self._workers.append(worker)
+        worker.start()
+
+    def _work(self) -> None:
+        while (sealed := self._requests.get()) is not None:
+            error: ReplicaError | None = None
+            try:
+                self.send(sealed)
+            except ReplicaError as caught:
+                error = caught
+            except Exception as caught:
+                log.exception("%s: unexpected error in an upload", self._name)
+                error = ReplicaError(f"unexpected error in an upload: {caught!r}")
+            self._outcomes.put(Outcome(sealed.txid, error))
+            self._poke()
+
+    def send(self, sealed: Sealed) -> None:
+        """Put one frozen segment into the replica, create-only; returns when it is there.
+
+        Raises:
+            FencedError: another writer's bytes lie under this TXID.
+            StoreError: anything else.
+        """
+        with self._capture.mutex:
+            body = self._capture.body(sealed)
+        key = segment_key(self._store, 0, sealed.txid, sealed.txid)
+        try:
+            self._put(key, body, sealed)
+        except PreconditionFailed as error:
+            if self._is_ours(key, sealed):
+                return
+            raise FencedError(
+                f"another writer has put txid {format_txid(sealed.txid)} into {self._store.url}: "
+                "this database is not shipped any more; stop one of the two writers, then restore "
+                "or reset this side"
+            ) from error
+
+    def _put(self, key: str, body: bytes | Path, sealed: Sealed) -> None:
+        metadata = {SHA256_METADATA: sealed.sha256}
+        try:
+            self._store.put(
+                key,
+                body,
+                timestamp_ms=sealed.timestamp_ms,
+                metadata=metadata,
+                if_absent=self._conditional,
+            )
+        except StoreError as error:
+            if not self._conditional or error.code != "NotImplemented":
+                raise
+            log.warning("%s: %s has no conditional writes", self._name, self._store.url)
+            self._conditional = False
+            self._store.put(key, body, timestamp_ms=sealed.timestamp_ms, metadata=metadata)
+
+    def _is_ours(self, key: str, sealed: Sealed) -> bool:
+        """Whether the object under ``key`` holds the bytes of ``sealed``: never by its ETag."""
+        try:
+            info = self._store.head(key)
+        except ObjectNotFound:
+            return False
+        return same_bytes(self._store, info, sealed)
+
+
+def same_bytes(store: ObjectStore, info: ObjectInfo, sealed: Sealed) -> bool:
+    """Whether an object is the segment that was frozen here.
+
+    The sha256 in the object's metadata decides; without one (a directory, another writer's object)
+    the content is read.
+    """
+    if info.size_bytes != sealed.size_bytes:
+        return False
+    recorded = info.metadata.get(SHA256_METADATA)
+    if recorded is not None:
+        return recorded == sealed.sha256
+    return sha256_of(lambda offset, length: store.get(info.key, offset, length)) == sealed.sha256
+
+
+def sha256_of(read: Callable[[int, int], bytes]) -> str:
+    """Hex digest of everything that ``read(offset, length)`` gives, in pieces of 8 MiB."""
+    digest = hashlib.sha256()
+    offset, length = 0, 8 * 1024 * 1024
+    while data := read(offset, length):
+        digest.update(data)
+        offset += len(data)
+        if len(data) < length:
+            break
+    return digest.hexdigest()

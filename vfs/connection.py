@@ -1,0 +1,202 @@
+"""The front door: `connect`, `configure`, `replication`, and the connection they speak of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Literal
+
+import apsw
+
+from walship.replica.config import database_settings, load_config
+from walship.replica.engine import Engine, Status, restore_if_missing
+from walship.replica.errors import ClosedError, ConfigError, ReplicaError
+from walship.replica.sqlite import RefusedError, require_sqlite
+
+from .replicating import VFS_NAME, canonical, install, registry
+
+__all__ = ["Connection", "Replication", "configure", "connect", "replication"]
+
+ReplicaLike = str | os.PathLike[str] | Mapping[str, Any]
+
+
+class Connection(apsw.Connection):
+    """An ``apsw.Connection`` out of whose ``with`` block our own errors come as they are."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        try:
+            return super().__exit__(kind, value, traceback)  # type: ignore[no-any-return]
+        except apsw.Error as error:
+            ours = _ours(error)
+            if ours is None:
+                raise
+            raise ours from error
+
+
+def _ours(error: BaseException) -> ReplicaError | None:
+    """Our exception behind one of apsw's: RELEASE inside ``with`` replaces it by its own."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, ReplicaError):
+            return None if seen is error else seen
+        seen = seen.__context__
+    return None
+
+
+class Replication:
+    """Replication of one database, as the application sees it.  Thread-safe."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __repr__(self) -> str:
+        status = self.status()
+        return f"<walship.Replication {status.path} -> {status.replica} ({status.state})>"
+
+    def sync(self, timeout: float | None = None) -> int:
+        """Wait until everything committed so far is in the replica.
+
+        Args:
+            timeout: seconds; None waits as long as it takes.
+
+        Returns:
+            The TXID that holds the newest commit.
+
+        Raises:
+            NotYetReplicated: the time ended first; what is committed is local and will be shipped.
+            ReplicaError: it can never be shipped; the message says why.
+        """
+        return self._engine.sync(timeout)
+
+    def status(self) -> Status:
+        """How replication stands now; makes no request and never raises."""
+        return self._engine.status()
+
+
+def connect(
+    path: str | os.PathLike[str],
+    replica: ReplicaLike | None = None,
+    *,
+    restore: Literal["if-missing", "never"] | None = None,
+    page_size: int | None = None,
+    busy_timeout: float | None = None,
+    flags: int = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE,
+    **settings: Any,
+) -> Connection:
+    """Open a database whose commits are shipped to a replica.
+
+    The database is put into WAL mode.  Without a replica (here, in `configure` or in
+    ``WALSHIP_REPLICA``) it is an ordinary one, and nothing leaves the machine.
+
+    Args:
+        path: the database file.
+        replica: URL, directory, or mapping of replica settings.
+        restore: "if-missing" (default) restores from the replica first when the file is missing
+            and the replica has data; "never" does not.
+        page_size: bytes, for a new database only: a power of two from 512 to 65536.
+        busy_timeout: seconds to wait for another connection's lock, default 5.
+        flags: as for ``apsw.Connection``.
+        **settings: any replica or database setting of the configuration file, with underscores.
+
+    Raises:
+        ConfigError: a setting cannot be used.
+        RefusedError: the database cannot be replicated, or not from this process.
+        ContinuityError: database and replica do not continue each other.
+        StoreError: the file is missing and the replica could not be asked for it.
+        RestoreError: restoring failed.
+        apsw.Error: SQLite could not open the database.
+    """
+    require_sqlite()
+    name = canonical(path)
+    given = dict(settings)
+    if restore is not None:
+        given["restore"] = restore
+    if busy_timeout is not None:
+        given["busy_timeout"] = busy_timeout
+    found = registry.settings_for(name)
+    if found is None or replica is not None or given:
+        if replica is None and found is not None and found.replica is not None:
+            raise ConfigError(
+                f"{name} is configured already: give its settings together with its replica"
+            )
+        found = database_settings(name, replica, environ=os.environ, **given)
+    if found.replica is not None:
+        registry.configure(found)
+        if found.restore == "if-missing" and registry.engine(name) is None:
+            restore_if_missing(found)
+    install()
+    connection = Connection(name, flags=flags, vfs=VFS_NAME)
+    try:
+        connection.set_busy_timeout(int(found.busy_timeout_s * 1000))
+        _prepare(connection, name, page_size)
+    except BaseException:
+        connection.close(True)
+        raise
+    return connection
+
+
+def _prepare(connection: Connection, name: str, page_size: int | None) -> None:
+    if connection.readonly("main"):
+        return
+    if page_size is not None:
+        connection.pragma("page_size", page_size)
+    mode = connection.pragma("journal_mode", "wal")
+    if mode != "wal":
+        raise RefusedError(f"{name} cannot be replicated: it stays in journal mode {mode!r}")
+    # Reads something once, so that the WAL is open and a damaged file is noticed here.
+    connection.pragma("user_version")
+
+
+def configure(
+    path: str | os.PathLike[str],
+    replica: ReplicaLike | None = None,
+    **settings: Any,
+) -> None:
+    """Say how a database is replicated, for connections opened from now on.
+
+    With this, ``apsw.Connection(path, vfs="walship")`` replicates.
+
+    Args:
+        path: a database file; or, without a replica, a configuration file (``.yml``) whose ``dbs``
+            are configured.
+        replica: URL, directory, or mapping of replica settings.
+        **settings: any replica or database setting of the configuration file, with underscores.
+
+    Raises:
+        ConfigError: a setting cannot be used.
+    """
+    install()
+    if replica is None and os.fspath(path).endswith((".yml", ".yaml")):
+        for database in load_config(path, environ=os.environ).dbs:
+            registry.configure(database)
+        return
+    registry.configure(
+        database_settings(canonical(path), replica, environ=os.environ, **settings)
+    )
+
+
+def replication(database: apsw.Connection | str | os.PathLike[str]) -> Replication:
+    """Replication of an open database, by connection or by path.
+
+    Raises:
+        ClosedError: the database is not open here, or has no replica.
+    """
+    if isinstance(database, apsw.Connection):
+        path = database.db_filename("main")
+    else:
+        path = canonical(database)
+    engine = registry.engine(path) if path else None
+    if engine is None:
+        raise ClosedError(
+            f"{path or 'this database'} is not replicated here: open it with "
+            "walship.connect(path, replica=...) first"
+        )
+    return Replication(engine)
+
+

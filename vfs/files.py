@@ -1,0 +1,226 @@
+"""The two file shims: check, notify, forward.  The only place that speaks SQLite's file controls.
+
+`MainFile` is the doorbell (a committed transaction rings) and notices checkpoints and the last
+close; `WalFile` is the gate (a WAL about to be destroyed is drained first) and refuses commits that
+must not happen.  What is not overridden here runs in C.
+
+Rules that both keep, learnt from SQLite the hard way:
+
+* Whatever leaves a callback is an ``apsw.IOError``, or SQLite would not roll the transaction back:
+  after any other exception out of a cache spill it goes on and commits a malformed database.
+* The bell neither raises nor blocks.
+* A refusal comes at the commit frame, before anything is published.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Any, Final
+
+import apsw
+
+from walship.replica.engine import Engine
+from walship.replica.sqlite import RefusedError
+
+__all__ = ["Interrupted", "MainFile", "WalFile", "latest_main_file"]
+
+_COMMIT_PHASETWO: Final = apsw.SQLITE_FCNTL_COMMIT_PHASETWO
+_CKPT_START: Final = apsw.SQLITE_FCNTL_CKPT_START
+_HAS_MOVED: Final = apsw.SQLITE_FCNTL_HAS_MOVED
+_PRAGMA: Final = apsw.SQLITE_FCNTL_PRAGMA
+_LOCK_EXCLUSIVE: Final = apsw.SQLITE_LOCK_EXCLUSIVE
+
+_FRAME_HEADER_SIZE: Final = 24
+_WAL_HEADER_SIZE: Final = 32
+_NO_COMMIT: Final = b"\0\0\0\0"
+#: Bytes 18 and 19 of page 1 in WAL mode: file format versions for writing and reading.
+_WAL_MODE: Final = b"\2\2"
+
+# Calling C's method through the class costs less than super() in the hot path.
+_write = apsw.VFSFile.xWrite
+_sync = apsw.VFSFile.xSync
+_truncate = apsw.VFSFile.xTruncate
+_file_control = apsw.VFSFile.xFileControl
+_lock = apsw.VFSFile.xLock
+_close = apsw.VFSFile.xClose
+
+
+# The main file that was locked last in this thread: SQLite opens the -wal right after that, and
+# says only its name.
+_latest = threading.local()
+
+
+def latest_main_file(path: str) -> MainFile | None:
+    """The main file of the connection that is opening its ``-wal`` in this thread."""
+    main: MainFile | None = getattr(_latest, "main", None)
+    return main if main is not None and main.path == path else None
+
+
+class Interrupted(apsw.IOError, KeyboardInterrupt):
+    """Ctrl-C inside a VFS callback: an I/O error to SQLite, an interrupt to the program."""
+
+
+def _as_io_error(error: BaseException, doing: str) -> apsw.Error:
+    """The exception to raise out of a callback in place of ``error``."""
+    if isinstance(error, apsw.IOError | apsw.FullError):
+        return error
+    text = f"{doing}: {error or type(error).__name__}; the whole transaction is rolled back"
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted(text)
+    return apsw.IOError(text)
+
+
+class MainFile(apsw.VFSFile):
+    """The main database file of one connection.
+
+    Args:
+        released: called with this object after the file was closed.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        name: Any,
+        flags: list[int],
+        engine: Engine,
+        released: Callable[[MainFile], None],
+    ) -> None:
+        super().__init__(base, name, flags)
+        self.engine = engine
+        self.path = engine.path
+        self._ring = engine.ring
+        self._released: Callable[[MainFile], None] | None = released
+        #: Whether this is the last connection of the process; the registry knows.
+        self.is_last: Callable[[], bool] = lambda: False
+
+    def xFileControl(self, op: int, ptr: int) -> bool:
+        if op == _COMMIT_PHASETWO:
+            self._ring()
+        elif op == _PRAGMA:
+            self._check_pragma(ptr)
+        elif op == _CKPT_START:
+            self._forgive(self.engine.capture.note_checkpoint)
+        elif op == _HAS_MOVED and self.is_last():
+            # sqlite3_close asks this just before it locks, checkpoints and deletes the WAL; once
+            # it has, nobody can ask the wal-index any more.
+            self._forgive(self.engine.before_close)
+        return _file_control(self, op, ptr)  # type: ignore[no-any-return]
+
+    def xLock(self, level: int) -> None:
+        # In WAL mode this is called when a connection first reads, and when the last one closes.
+        _latest.main = self
+        if level == _LOCK_EXCLUSIVE and self.is_last():
+            self._forgive(self.engine.before_close)
+        _lock(self, level)
+
+    def _forgive(self, action: Callable[[], None]) -> None:
+        """Run a notice whose failure the gate will meet again; it must not fail SQLite's call."""
+        try:
+            action()
+        except Exception as error:
+            self.engine.note_trouble(error)
+
+    def _check_pragma(self, ptr: int) -> None:
+        try:
+            pragma = apsw.VFSFcntlPragma(ptr)
+            name, value = pragma.name, pragma.value
+        except Exception:
+            return
+        if name.lower() == "journal_mode" and value is not None and value.lower() != "wal":
+            reason = (
+                f"journal_mode={value} is refused: {self.engine.name} is replicated, and only the "
+                "WAL can be"
+            )
+            pragma.result = reason
+            raise RefusedError(reason)
+
+    def xWrite(self, data: bytes, offset: int) -> None:
+        # Checkpoints write here in WAL mode.  In any other mode every commit writes page 1, whose
+        # header then does not say WAL: nothing of such a commit could be replicated.
+        if offset == 0 and len(data) >= 100 and bytes(data[18:20]) != _WAL_MODE:
+            raise RefusedError(
+                f"{self.engine.name} is not in WAL mode and cannot be replicated: run PRAGMA "
+                "journal_mode=WAL first (walship.connect does)"
+            )
+        _write(self, data, offset)
+
+    def xClose(self) -> None:
+        released, self._released = self._released, None
+        if getattr(_latest, "main", None) is self:
+            _latest.main = None
+        try:
+            _close(self)
+        finally:
+            if released is not None:
+                self._forgive(lambda: released(self))
+
+
+class WalFile(apsw.VFSFile):
+    """The ``-wal`` file of one connection.
+
+    Args:
+        main: the main file of the same connection.
+    """
+
+    def __init__(self, base: str, name: Any, flags: list[int], main: MainFile) -> None:
+        super().__init__(base, name, flags)
+        self._main = main
+        self._engine = main.engine
+        self._uploader = main.engine.uploader
+        self._path = os.fspath(name if isinstance(name, str) else name.filename())
+        self._fd = -1
+
+    def xWrite(self, data: bytes, offset: int) -> None:
+        try:
+            if len(data) == _FRAME_HEADER_SIZE:
+                if data[4:8] != _NO_COMMIT and self._engine.refuses:
+                    self._engine.check_commit()
+            elif offset == 0 and len(data) == _WAL_HEADER_SIZE:
+                self._engine.gate_restart(bytes(data), self._read_main)
+            _write(self, data, offset)
+        except BaseException as error:
+            raise _as_io_error(error, "the write-ahead log could not be written") from error
+
+    def xTruncate(self, size: int) -> None:
+        try:
+            if size == 0:
+                self._engine.gate_discard(self._read_main)
+            _truncate(self, size)
+        except BaseException as error:
+            raise _as_io_error(error, "the write-ahead log could not be truncated") from error
+
+    def xSync(self, flags: int) -> None:
+        # Through a descriptor of our own the GIL is free while the disk works; closing it drops no
+        # lock of SQLite's, because there are none on this file.
+        try:
+            if self._fd < 0:
+                self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            _sync_descriptor(self._fd)
+        except BaseException as error:
+            raise _as_io_error(error, "the write-ahead log could not be synced") from error
+
+    def _read_main(self, offset: int, length: int) -> bytes:
+        """The main file through this connection's own file object, in this thread."""
+        size = self._main.xFileSize()
+        if offset >= size:
+            return bytes(length)
+        data = self._main.xRead(min(length, size - offset), offset)
+        return bytes(data).ljust(length, b"\0")
+
+    def xClose(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        _close(self)
+
+
+def _sync_descriptor(fd: int) -> None:
+    full = getattr(os, "F_FULLFSYNC", None)
+    if full is None:
+        os.fdatasync(fd)
+    else:  # macOS: fsync alone does not reach the disk's platters
+        import fcntl
+
+        fcntl.fcntl(fd, full)
