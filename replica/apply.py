@@ -260,11 +260,12 @@ class _Apply:
         if self._verify_full or pages is None or 2 * stale_max <= segment.size_bytes:
             self._whole(segment)
             return
+        n_before = self._fetcher.bytes_fetched
         winners = self._read_winners(segment, pages)
+        self._fetcher.bytes_expected += self._fetcher.bytes_fetched - n_before
         if 2 * winners.n_bytes >= segment.size_bytes:
             self._whole(segment)
         else:
-            self._fetcher.bytes_expected -= segment.size_bytes - winners.n_bytes
             self._ranges(segment, pages, winners)
 
     def _whole(self, segment: SegmentInfo) -> None:
@@ -314,9 +315,11 @@ class _Apply:
 
     def _ranges(self, segment: SegmentInfo, pages: _Pages, winners: _Winners) -> None:
         groups = list(_group(winners.frames))
-        requests = iter([(g[0].offset, g[-1].offset + g[-1].length - g[0].offset) for g in groups])
+        requests = [(g[0].offset, g[-1].offset + g[-1].length - g[0].offset) for g in groups]
+        n_bytes = sum(length for _, length in requests)
+        self._fetcher.bytes_expected += n_bytes - segment.size_bytes
         lock = lock_pgno(pages.page_size)
-        for group, data in zip(groups, self._in_order(segment.key, requests), strict=True):
+        for group, data in zip(groups, self._in_order(segment.key, iter(requests)), strict=True):
             view = memoryview(data)
             base = group[0].offset
             for pgno, offset, length in group:

@@ -315,6 +315,7 @@ class Capture:
             self._drain_old_generation(successor, header.page_size, read_main)
             self._wal_gone = False
             self._known_end = None
+        self._port.open()
 
     def gate_discard(self, read_main: Callable[[int, int], bytes]) -> None:
         """The WAL is about to be truncated to nothing or deleted; its content is in the main file.

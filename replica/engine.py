@@ -14,13 +14,13 @@ from pathlib import Path
 
 from .capture import Capture, TailLost
 from .clock import Clock, SystemClock
-from .config import DatabaseSettings
 from .continuity import reconcile, replica_head
 from .errors import ClosedError, ConfigError, ContinuityError, NoBackupError, ReplicaError
 from .format.ltx import PageEncoding
 from .format.types import format_txid
 from .restore import RestoreResult, restore
-from .spool import Fingerprint, InUseError, Spool, State, new_lineage, state_directory
+from .settings import DatabaseSettings
+from .spool import Fingerprint, InUseError, Spool, State, new_lineage
 from .sqlite import NotYetReplicated, RefusedError, SpoolError, SqlitePort, require_sqlite
 from .store.base import ObjectStore
 from .store.opening import open_store
@@ -128,7 +128,7 @@ class Engine:
         clock = clock or SystemClock()
         if settings.replica is None:
             raise ConfigError(f"{settings.path} has no replica")
-        directory = state_directory(settings.path, settings.meta_path)
+        directory = settings.meta_path
         try:
             spool = Spool.open(directory)
         except InUseError as error:
@@ -410,7 +410,7 @@ def restore_if_missing(settings: DatabaseSettings, clock: Clock | None = None) -
         return False
     raw = open_store(settings.replica.store, clock)
     store = RetryingStore(raw, clock, attempts=3)
-    directory = state_directory(path, settings.meta_path)
+    directory = settings.meta_path
     try:
         spool = Spool.open(directory)
     except InUseError:

@@ -164,10 +164,9 @@ class SqlitePort:
                     )
                     if mx_frame < 0:
                         # Not opened yet, torn, or not in WAL mode: reading tells which.
-                        mode = self._probe.pragma("journal_mode")
-                        if mode != "wal":
-                            return None
                         _read_once(self._probe)
+                        if self._probe.pragma("journal_mode") != "wal":
+                            return None
                         continue
                     return Published(mx_frame, n_backfill)
                 except (apsw.BusyError, apsw.LockedError, apsw.ProtocolError):
@@ -198,7 +197,11 @@ class SqlitePort:
         Args:
             observe: called with mxFrame while writers are kept out; must be quick.
         """
-        reader = self._open()
+        try:
+            reader = self._open()
+        except (apsw.CantOpenError, apsw.BusyError):
+            yield None
+            return
         try:
             yield self._mark(reader, observe)
         finally:

@@ -324,6 +324,8 @@ class Uploader:
     def _next_segment(self) -> Sealed | None:
         if self._capture.full_copy_reason is None:
             return self._capture.take()
+        if not self._capture.has_content():
+            return None
         reason = self._capture.full_copy_reason
         sealed = self._capture.copy()
         if sealed is not None:

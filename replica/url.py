@@ -309,9 +309,7 @@ class Provider:
 
 
 def _is_tigris(host: str) -> bool:
-    return host in ("t3.storage.dev", "t3.tigris.dev") or host.endswith(
-        (".tigris.dev", ".t3.storage.dev")
-    )
+    return host == "t3.storage.dev" or host.endswith((".tigris.dev", ".t3.storage.dev"))
 
 
 _PROVIDERS: Final[tuple[tuple[Callable[[str], bool], Provider], ...]] = (

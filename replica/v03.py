@@ -12,6 +12,7 @@ and the LZ4 frames.  This module reads only; nothing writes that layout any more
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -176,7 +177,9 @@ def _checkpoint(path: Path, wal_size: int, page_size: int, name: str) -> None:
         finally:
             connection.close(True)  # the last one out removes -wal and -shm
     except apsw.FullError as error:
-        raise OSError(28, "no space left on device") from error
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+    except apsw.IOError as error:
+        raise OSError(errno.EIO, str(error)) from error
     except apsw.Error as error:
         raise FormatError(f"generation {name} cannot be applied: {error}") from error
     # SQLite quietly ignores everything behind the first frame that is not valid.

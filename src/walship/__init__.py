@@ -1,5 +1,59 @@
-"""walship: replicates SQLite to object storage from inside the application."""
+"""walship: replicates SQLite to object storage from inside the application.
+
+    import walship
+
+    db = walship.connect("app.db", replica="s3://my-bucket/app")
+    db.execute("insert into ...")
+    walship.replication(db).sync(timeout=10)
+
+Everything public is listed in ``__all__``; the rest may change.
+"""
 
 from __future__ import annotations
 
+from walship.replica.engine import Status
+from walship.replica.errors import (
+    ChecksumError,
+    ClosedError,
+    ConfigError,
+    ContinuityError,
+    FormatError,
+    NoBackupError,
+    ObjectNotFound,
+    PreconditionFailed,
+    ReplicaError,
+    RestoreError,
+    StoreError,
+    StoreUnavailable,
+)
+from walship.replica.sqlite import FencedError, NotYetReplicated, RefusedError, SpoolError
+from walship.vfs.connection import Connection, Replication, configure, connect, replication
+from walship.vfs.replicating import ReplicatingVFS
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "ChecksumError",
+    "ClosedError",
+    "ConfigError",
+    "Connection",
+    "ContinuityError",
+    "FencedError",
+    "FormatError",
+    "NoBackupError",
+    "NotYetReplicated",
+    "ObjectNotFound",
+    "PreconditionFailed",
+    "RefusedError",
+    "ReplicaError",
+    "ReplicatingVFS",
+    "Replication",
+    "RestoreError",
+    "SpoolError",
+    "Status",
+    "StoreError",
+    "StoreUnavailable",
+    "configure",
+    "connect",
+    "replication",
+]

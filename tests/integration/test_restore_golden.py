@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from support.replicas import GOLDEN, golden_copy, local_store, manifest, sha256
 from walship.replica.clock import SystemClock
 from walship.replica.errors import FormatError, NoBackupError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from walship.replica.errors import NoBackupError
 from walship.replica.plan import IN_FLIGHT_MAX, GapError, plan
 from walship.replica.store.base import SegmentInfo

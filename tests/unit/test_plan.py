@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from support.replicas import manifest
 from walship.replica.errors import ConfigError, NoBackupError
 from walship.replica.format.types import parse_segment_name

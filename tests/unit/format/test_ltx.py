@@ -47,6 +47,10 @@ HEADER = Header(
 )
 
 
+def discard(_: object) -> None:
+    """A ``write`` for files that nobody reads."""
+
+
 def page(pgno: int, page_size: int = 512) -> bytes:
     return (b"page %d " % pgno * page_size)[:page_size]
 
@@ -79,7 +83,7 @@ def resealed(data: bytes) -> bytes:
         _, flags, size = struct.unpack_from(">IHI", view)
         if flags & 1:
             head, length = 10, 10 + size
-            content = lz4.block.decompress(view[10:length], uncompressed_size=1 << 16)
+            content: bytes = lz4.block.decompress(view[10:length], uncompressed_size=1 << 16)
         else:
             content, n_read = lz4.frame.decompress(view[6:], return_bytes_read=True)
             head, length = 6, 6 + n_read
@@ -107,7 +111,7 @@ def assemble(header: bytes, frames: list[tuple[int, bytes]], post_apply: int = 0
 
 
 def block_frame(pgno: int, content: bytes, flags: int = 1) -> bytes:
-    block = lz4.block.compress(content, store_size=False)
+    block: bytes = lz4.block.compress(content, store_size=False)
     return struct.pack(">IHI", pgno, flags, len(block)) + block
 
 
@@ -259,7 +263,7 @@ def test_snapshot_round_the_lock_page(beyond: int) -> None:
     data = b"".join(out)
     assert [pgno for pgno, _ in Decoder(data)] == expected
 
-    incomplete = Encoder([].extend, header)
+    incomplete = Encoder(discard, header)
     for pgno in expected[:-1]:
         incomplete.add_block(pgno, block, zero)
     with pytest.raises(FormatError, match=f"lacks page {expected[-1]}"):
@@ -298,7 +302,7 @@ def test_a_page_buffer_can_be_reused_at_once() -> None:
 
 def test_finish_only_once() -> None:
     """A finished file takes no more pages and is not finished twice."""
-    encoder = Encoder([].extend, HEADER)
+    encoder = Encoder(discard, HEADER)
     encoder.finish()
     with pytest.raises(FormatError, match="already finished"):
         encoder.finish()
@@ -347,6 +351,14 @@ def test_every_truncation_is_noticed(encoding: PageEncoding) -> None:
             decode(data + extra)
         with pytest.raises(FormatError, match="behind the trailer"):
             Decoder(io.BytesIO(data + extra).read).finish()
+
+
+def test_one_byte_too_many_behind_a_long_index() -> None:
+    """The end of the file is looked for even if all that is needed was read exactly."""
+    data = encode(dataclasses.replace(HEADER, commit=2000), [(n, page(n)) for n in range(1, 2001)])
+    stream = io.BytesIO(data + b"x")
+    with pytest.raises(FormatError, match="behind the trailer"):
+        Decoder(lambda _: stream.read(1)).finish()
 
 
 @pytest.mark.parametrize("encoding", PageEncoding)
@@ -415,8 +427,18 @@ def test_unknown_page_flags_are_refused() -> None:
         decode(data[:100] + bytes(4) + data[104:])
 
 
-@pytest.mark.parametrize("size", [0, 1, 511 + 19, 2**31, 2**32 - 1])
-def test_payload_length_is_not_trusted(size: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (0, "cannot be decompressed"),
+        (1, "cannot be decompressed"),
+        (512 + 2 + 16, "cut off in page 1"),
+        (512 + 2 + 17, "impossible length"),
+        (2**31, "impossible length"),
+        (2**32 - 1, "impossible length"),
+    ],
+)
+def test_payload_length_is_not_trusted(size: int, message: str) -> None:
     """An absurd payload length is an error at once, before it is read or allocated."""
     data = small_file()
     asked = []
@@ -426,7 +448,7 @@ def test_payload_length_is_not_trusted(size: int) -> None:
         asked.append(n)
         return stream.read(n)
 
-    with pytest.raises(FormatError):
+    with pytest.raises(FormatError, match=message):
         Decoder(read, chunk_bytes=64).finish()
     assert max(asked) < 4096
 

@@ -82,24 +82,33 @@ def test_header_can_be_given_in_parts_or_whole() -> None:
     assert decode(merged(GROWN, SHRUNK, header=expected))[0] == expected
     heads = [decode(data)[0] for data in (GROWN, SHRUNK)]
     assert merged_header(heads, **options) == expected
-    for wrong in ({"commit": 5}, {"page_size": 1024}):
+    for wrong in (
+        dataclasses.replace(expected, commit=5),
+        dataclasses.replace(expected, page_size=1024),
+    ):
         with pytest.raises(FormatError, match="page size and commit of its last input"):
-            merged(GROWN, SHRUNK, header=dataclasses.replace(expected, **wrong))
+            merged(GROWN, SHRUNK, header=wrong)
 
 
 def test_blocks_are_copied() -> None:
     """Stored blocks reach the output byte for byte; frames are compressed to blocks."""
-    old = segment(header(2, 2, 5), {2: "b2", 4: "b4", 5: "b5"}, PageEncoding.FRAME)
-    blocks = {
-        pgno: bytes(block)
-        for data in (SNAPSHOT, SHRUNK)
-        for pgno, block, _ in iter_frames(data)
-        if block is not None
+    literal = page("b2")
+    # A block of literals alone, which no compressor would make of this page.
+    block = (
+        b"\xf0" + b"\xff" * ((PAGE_SIZE - 15) // 255) + bytes([(PAGE_SIZE - 15) % 255]) + literal
+    )
+    out: list[Any] = []
+    encoder = Encoder(out.extend, header(2, 2, 3))
+    encoder.add_block(2, block, literal)
+    encoder.finish()
+    newest = segment(header(3, 3, 3), {3: "c3"}, PageEncoding.FRAME)
+    frames = {
+        n: (kept, full) for n, kept, full in iter_frames(merged(SNAPSHOT, b"".join(out), newest))
     }
-    result = {pgno: block for pgno, block, _ in iter_frames(merged(SNAPSHOT, old, SHRUNK))}
-    assert all(block is not None for block in result.values())
-    for pgno in (1, 3, 4):
-        assert result[pgno] == blocks[pgno]
+    assert frames[2] == (block, literal)
+    assert frames[1][0] == next(iter_frames(SNAPSHOT))[1]
+    assert frames[3][0] is not None
+    assert frames[3][1] == page("c3")
 
 
 def test_frames_for_older_readers() -> None:

@@ -55,7 +55,7 @@ def wal_of(path: Path) -> bytes:
 
 def published_frames(con: apsw.Connection) -> int:
     """mxFrame, as SQLite itself reports it."""
-    _busy, mx_frame, _checkpointed = con.execute("pragma wal_checkpoint(noop)").fetchone()
+    ((_busy, mx_frame, _checkpointed),) = con.execute("pragma wal_checkpoint(noop)")
     return int(mx_frame)
 
 
@@ -90,7 +90,7 @@ def test_reads_what_sqlite_wrote(tmp_path: Path, page_size: int) -> None:
     assert len(frames) == published_frames(con) == n_frames_in(len(wal), page_size)
     assert wal_size(len(frames), page_size) == len(wal)
     commit = last_commit(reader(wal), header)
-    n_pages = con.execute("pragma page_count").fetchone()[0]
+    ((n_pages,),) = con.execute("pragma page_count")
     assert commit == CommitPoint(len(frames), n_pages, frames[-1].checksum)
     con.close()
 
@@ -153,12 +153,13 @@ def test_resumes_from_a_frame_and_its_checksum(tmp_path: Path) -> None:
     con.close()
     header = WalHeader.parse(wal)
     frames = list(verified_frames(reader(wal), header))
+    assert len(frames) > 12
     at = frames[4]
     rest = verified_frames(
-        reader(wal), header, first_frame=at.frame_no + 1, checksum=at.checksum, last_frame=20
+        reader(wal), header, first_frame=at.frame_no + 1, checksum=at.checksum, last_frame=10
     )
     assert [(f.frame_no, f.pgno, bytes(f.page)) for f in rest] == [
-        (f.frame_no, f.pgno, bytes(f.page)) for f in frames[5:20]
+        (f.frame_no, f.pgno, bytes(f.page)) for f in frames[5:10]
     ]
     wrong = (at.checksum[0] ^ 1, at.checksum[1])
     assert not list(verified_frames(reader(wal), header, first_frame=6, checksum=wrong))

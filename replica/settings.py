@@ -1,0 +1,502 @@
+"""The settings themselves: their names, how each is read, which values fit together.
+
+Values come in as plain mappings by hyphenated name; ``replica.config`` collects them from keywords,
+files and the environment.  Reads no environment and no file (but a key file that a setting names).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, cast
+
+from walship.replica.errors import ConfigError
+from walship.replica.format.types import is_page_size
+from walship.replica.store.settings import (
+    DEFAULT_PART_SIZE,
+    LocalSettings,
+    S3Settings,
+    StoreSettings,
+)
+from walship.replica.url import (
+    is_private_host,
+    is_url,
+    normalize_endpoint,
+    parse_url,
+    provider_of,
+)
+from walship.replica.values import (
+    nearest,
+    parse_bool,
+    parse_choice,
+    parse_duration,
+    parse_int,
+    parse_size,
+    parse_text,
+)
+
+__all__ = [
+    "DATABASE_KEYS",
+    "REFUSED",
+    "REPLICA_KEYS",
+    "WITHOUT_EFFECT",
+    "DatabaseSettings",
+    "Parser",
+    "ReplicaSettings",
+    "database_path",
+    "known_values",
+    "make_database",
+    "make_replica",
+    "pass_over",
+    "without_effect",
+]
+
+_log = logging.getLogger(__name__)
+
+_MIB: Final = 1024 * 1024
+_MAX_PART_SIZE: Final = 5 * 1024 * _MIB  # S3's own limit
+
+Parser = Callable[[str, object], object]
+
+#: Settings of a replica and how each is read.
+REPLICA_KEYS: Final[Mapping[str, Parser]] = {
+    "type": parse_choice("s3", "file"),
+    "url": parse_text,
+    "path": parse_text,
+    "bucket": parse_text,
+    "endpoint": parse_text,
+    "region": parse_text,
+    "access-key-id": parse_text,
+    "secret-access-key": parse_text,
+    "session-token": parse_text,
+    "profile": parse_text,
+    "force-path-style": parse_bool,
+    "skip-verify": parse_bool,
+    "ca-bundle": parse_text,
+    "sign-payload": parse_bool,
+    "require-content-md5": parse_bool,
+    "tigris-consistent": parse_bool,
+    "part-size": parse_size,
+    "concurrency": parse_int,
+    "storage-class": parse_text,
+    "sse-customer-algorithm": parse_text,
+    "sse-customer-key": parse_text,
+    "sse-customer-key-path": parse_text,
+    "sse-kms-key-id": parse_text,
+    "connect-timeout": parse_duration,
+    "read-timeout": parse_duration,
+    "max-connections": parse_int,
+    "sync-interval": parse_duration,
+}
+
+#: Settings of a database and how each is read.
+DATABASE_KEYS: Final[Mapping[str, Parser]] = {
+    "path": parse_text,
+    "meta-path": parse_text,
+    "restore": parse_choice("if-missing", "never"),
+    "restore-if-db-not-exists": parse_bool,
+    "busy-timeout": parse_duration,
+    "open-timeout": parse_duration,
+    "shutdown-sync-timeout": parse_duration,
+    "shutdown-sync-interval": parse_duration,
+    "max-sync-wal-bytes": parse_size,
+    "page-size": parse_int,
+    "page-encoding": parse_choice("block", "frame"),
+    "adopt": parse_bool,
+    "spool-full": parse_choice("resync", "block", "fail"),
+    "spool-full-timeout": parse_duration,
+    "checkpoint-interval": parse_duration,
+    "min-checkpoint-page-count": parse_int,
+    "truncate-page-n": parse_int,
+}
+
+_NOT_YET_DIRECTORY: Final = "not yet: name each database with `path`"
+
+#: Settings that are accepted, because Litestream has them, and change nothing.
+WITHOUT_EFFECT: Final[Mapping[str, str]] = {
+    "addr": "not yet: there is no metrics server",
+    "auto-recover": "not yet: a resync is a full snapshot at the next TXID",
+    "exec": "the application itself is the process",
+    "heartbeat-interval": "not yet",
+    "heartbeat-url": "not yet",
+    "l0-retention": "not yet: segments are neither compacted nor removed",
+    "l0-retention-check-interval": "not yet: segments are neither compacted nor removed",
+    "levels": "not yet: segments are neither compacted nor removed",
+    "max-checkpoint-page-count": "checkpoints that block readers are not used",
+    "max-sync-ltx-files": "pending segments are merged before they are sent",
+    "mcp-addr": "there is no MCP server",
+    "monitor-interval": "commits are seen as they happen",
+    "name": "a database has one replica",
+    "retention": "not yet: segments are neither compacted nor removed",
+    "retention-check-interval": "not yet: segments are neither compacted nor removed",
+    "snapshot": "not yet: segments are neither compacted nor removed",
+    "snapshot-interval": "not yet: segments are neither compacted nor removed",
+    "socket": "not yet: there is no control socket",
+    "sse-customer-key-md5": "the digest is computed from the key",
+    "validation": "not yet",
+    "validation-interval": "not yet",
+    "verify-compaction": "not yet: segments are neither compacted nor removed",
+}
+
+#: Keys that cannot be passed over: they would leave data without replica or without encryption.
+REFUSED: Final[Mapping[str, str]] = {
+    "age": "client-side encryption is not supported: remove it (sse-kms-key-id and "
+    "sse-customer-key encrypt in the store)",
+    "dir": _NOT_YET_DIRECTORY,
+    "pattern": _NOT_YET_DIRECTORY,
+    "recursive": _NOT_YET_DIRECTORY,
+    "watch": _NOT_YET_DIRECTORY,
+    "meta-dir": _NOT_YET_DIRECTORY,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaSettings:
+    """Where a database is replicated to, and how eagerly.
+
+    Attributes:
+        store: for ``store.opening.open_store``.
+        sync_interval_s: seconds between uploads under load; an idle replica sends at once.
+    """
+
+    store: StoreSettings
+    sync_interval_s: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatabaseSettings:
+    """One database.
+
+    Attributes:
+        path: the database file, absolute.
+        meta_path: directory for local state.
+        replica: where to replicate to, or None.
+        restore: fetch a missing database from its replica before opening it, or not.
+        busy_timeout_s: SQLite's own, for connections made by ``connect``.
+        open_timeout_s: how long opening waits for the replica's answer, seconds.
+        shutdown_sync_timeout_s: how long the last close waits for uploads, seconds.
+        shutdown_sync_interval_s: pause between upload attempts then, seconds.
+        max_sync_wal_bytes: WAL bytes that go into one segment unless a single transaction is
+            larger; 0 for no limit.
+        page_size: for databases that are made new, or None for SQLite's default.
+        page_encoding: how pages are written; "frame" is read by releases before Litestream 0.5.16.
+        adopt: where database and replica do not continue each other, let the database become the
+            replica's next state instead of refusing.
+        spool_full: what a checkpoint does when the local spool cannot be written: "resync" lets
+            the WAL go and ships a full copy later, "block" waits, then fails, "fail" fails.
+        spool_full_timeout_s: how long "block" waits, seconds.
+        checkpoint_interval_s: seconds; a changed WAL is checkpointed this often; 0 for never.
+        min_checkpoint_page_count: WAL pages from which on a checkpoint is tried.
+        truncate_page_n: WAL pages from which on the WAL is truncated; 0 or less for never.
+    """
+
+    path: Path
+    meta_path: Path
+    replica: ReplicaSettings | None = None
+    restore: Literal["if-missing", "never"] = "if-missing"
+    busy_timeout_s: float = 5.0
+    open_timeout_s: float = 10.0
+    shutdown_sync_timeout_s: float = 30.0
+    shutdown_sync_interval_s: float = 0.5
+    max_sync_wal_bytes: int = 64 * _MIB
+    page_size: int | None = None
+    page_encoding: Literal["block", "frame"] = "block"
+    adopt: bool = False
+    spool_full: Literal["resync", "block", "fail"] = "resync"
+    spool_full_timeout_s: float = 30.0
+    checkpoint_interval_s: float = 60.0
+    min_checkpoint_page_count: int = 1000
+    truncate_page_n: int = 121_359
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def pass_over(key: str, known: Iterable[str], where: str) -> None:
+    if key in REFUSED:
+        raise ConfigError(f"{key}: {REFUSED[key]}")
+    if key in WITHOUT_EFFECT:
+        without_effect(key)
+    else:
+        _log.warning("unknown-key key=%s where=%s%s", key, where, nearest(key, known))
+
+
+def without_effect(key: str) -> None:
+    reason = WITHOUT_EFFECT[key]
+    # What is missing here matters more than what is not needed here.
+    level = logging.WARNING if reason.startswith("not yet") else logging.INFO
+    _log.log(level, "setting-without-effect key=%s reason=%s", key, reason)
+
+
+# --- replicas ------------------------------------------------------------------------------------
+
+
+def known_values(
+    given: Mapping[str, object],
+    what: str,
+    *,
+    strict: bool,
+) -> dict[str, object]:
+    """Values by hyphenated name, read; empty ones and those without effect are left out."""
+    values: dict[str, object] = {}
+    for key, value in given.items():
+        name = str(key).replace("_", "-")
+        parser = REPLICA_KEYS.get(name)
+        if parser is None:
+            if strict and name not in WITHOUT_EFFECT and name not in REFUSED:
+                raise ConfigError(f"unknown {what}: {key!r}{nearest(name, REPLICA_KEYS)}")
+            pass_over(name, REPLICA_KEYS, what)
+        elif name in values:
+            raise ConfigError(f"{name} is given twice")
+        elif isinstance(value, os.PathLike):
+            values[name] = parser(name, os.fspath(value))
+        elif value is not None and value != "":
+            values[name] = parser(name, value)
+    return values
+
+
+def make_replica(
+    given: Mapping[str, object],
+    defaults: Mapping[str, object],
+    variables: Mapping[str, str],
+) -> ReplicaSettings:
+    fields = dict(given)
+    url = fields.pop("url", None)
+    from_url: Mapping[str, object] = {}
+    if url is not None:
+        text = str(url)
+        if not text:
+            raise ConfigError("url: it is empty")
+        for name in ("bucket", "path"):
+            if name in fields:
+                raise ConfigError(f"url and {name} are both given: keep one of them")
+        if is_url(text):
+            from_url = {
+                name: REPLICA_KEYS[name](name, value)
+                for name, value in parse_url(text).items()
+                if name in REPLICA_KEYS and value != ""
+            }
+        else:
+            from_url = {"type": "file", "path": text}
+        if fields.setdefault("type", from_url["type"]) != from_url["type"]:
+            raise ConfigError(f"type: {fields['type']} does not fit the URL")
+        # A global bucket or path is for replicas that name none themselves.
+        defaults = {
+            name: value
+            for name, value in defaults.items()
+            if name not in ("bucket", "path", "type")
+        }
+    values = {**defaults, **from_url, **fields}
+    kind = values.pop("type", None)
+    if kind is None:
+        kind = "s3" if "bucket" in values else "file"
+        if kind == "file" and "path" not in values:
+            raise ConfigError("where to? give a url, a bucket, or the path of a directory")
+    store = _s3(values, variables) if kind == "s3" else _local(values, fields)
+    more = {}
+    if "sync-interval" in values:
+        more["sync_interval_s"] = cast("float", values["sync-interval"])
+    return ReplicaSettings(store=store, **more)
+
+
+def _local(values: Mapping[str, object], fields: Mapping[str, object]) -> LocalSettings:
+    for name in fields:
+        if name not in ("type", "path", "sync-interval"):
+            raise ConfigError(f"{name}: not a setting of a replica in a directory")
+    path = values.get("path")
+    if not path:
+        raise ConfigError("path: which directory?")
+    return LocalSettings(path=_absolute(str(path)))
+
+
+def _s3(values: Mapping[str, object], variables: Mapping[str, str]) -> S3Settings:
+    text = cast("Mapping[str, str]", values)
+    bucket = text.get("bucket") or variables.get("BUCKET_NAME")
+    if not bucket:
+        raise ConfigError("bucket: which one? (s3://BUCKET/PATH, or the variable BUCKET_NAME)")
+    if "/" in bucket and not bucket.startswith("arn:"):
+        raise ConfigError(f"bucket: {bucket!r} has a slash in it; the rest belongs into `path`")
+    path = text.get("path", "").strip("/")
+    if any(part in (".", "..") for part in path.split("/")):
+        raise ConfigError(f"path: {path!r} has '.' or '..' in it")
+    endpoint: str | None = (
+        text.get("endpoint")
+        or variables.get("AWS_ENDPOINT_URL_S3")
+        or variables.get("AWS_ENDPOINT_URL")
+    )
+    if endpoint:
+        endpoint = normalize_endpoint(endpoint)
+    provider = provider_of(endpoint or None)
+    region = (
+        text.get("region")
+        or variables.get("AWS_REGION")
+        or variables.get("AWS_DEFAULT_REGION")
+        or provider.region
+    )
+    part_size = cast("int", values.get("part-size", DEFAULT_PART_SIZE))
+    if 5_000_000 <= part_size < DEFAULT_PART_SIZE:  # "5MB" means S3's lower limit
+        part_size = DEFAULT_PART_SIZE
+    _check_range("part-size", part_size, DEFAULT_PART_SIZE, _MAX_PART_SIZE)
+    concurrency = cast("int", values.get("concurrency", provider.concurrency or 5))
+    _check_range("concurrency", concurrency, 1, 1000)
+    max_connections = cast("int", values.get("max-connections", 64))
+    _check_range("max-connections", max_connections, 1, 10_000)
+    for name in ("connect-timeout", "read-timeout"):
+        if values.get(name) == 0:
+            raise ConfigError(f"{name}: must be above 0")
+    ca_bundle = text.get("ca-bundle") or variables.get("AWS_CA_BUNDLE")
+    skip_verify = bool(values.get("skip-verify", False))
+    return S3Settings(
+        bucket=bucket,
+        path=path,
+        endpoint=endpoint or None,
+        region=region,
+        force_path_style=bool(values.get("force-path-style", bool(endpoint))),
+        skip_verify=skip_verify,
+        ca_bundle=_absolute(ca_bundle) if ca_bundle and not skip_verify else None,
+        sign_payload=bool(values.get("sign-payload", True)),
+        require_content_md5=bool(values.get("require-content-md5", provider.require_content_md5)),
+        tigris_consistent=bool(values.get("tigris-consistent", provider.tigris_consistent)),
+        part_size=part_size,
+        concurrency=concurrency,
+        max_connections=max_connections,
+        storage_class=text.get("storage-class"),
+        connect_timeout_s=cast("float", values.get("connect-timeout", 5.0)),
+        read_timeout_s=cast("float", values.get("read-timeout", 30.0)),
+        **_credentials(text, variables),
+        **_encryption(text, endpoint or None),
+    )
+
+
+def _credentials(text: Mapping[str, str], variables: Mapping[str, str]) -> dict[str, Any]:
+    key = text.get("access-key-id")
+    secret = text.get("secret-access-key")
+    if key or secret:
+        if not (key and secret):
+            missing = "secret-access-key" if key else "access-key-id"
+            raise ConfigError(f"{missing} is missing: it comes with the other key")
+        if text.get("profile"):
+            raise ConfigError("profile and access-key-id are both given: keep one of them")
+        return {
+            "access_key_id": key,
+            "secret_access_key": secret,
+            "session_token": text.get("session-token"),
+        }
+    if text.get("session-token"):
+        raise ConfigError("session-token: access-key-id and secret-access-key belong to it")
+    if text.get("profile"):
+        return {"profile": text["profile"]}
+    aws_key, aws_secret = (
+        variables.get("AWS_ACCESS_KEY_ID"),
+        variables.get("AWS_SECRET_ACCESS_KEY"),
+    )
+    key = aws_key or variables.get("LITESTREAM_ACCESS_KEY_ID")
+    secret = aws_secret or variables.get("LITESTREAM_SECRET_ACCESS_KEY")
+    if key and secret:
+        # A token belongs to the AWS_* keys only.
+        token = variables.get("AWS_SESSION_TOKEN") if aws_key and aws_secret else None
+        return {
+            "access_key_id": key,
+            "secret_access_key": secret,
+            "session_token": token or None,
+        }
+    if key or secret:
+        missing = "AWS_SECRET_ACCESS_KEY" if key else "AWS_ACCESS_KEY_ID"
+        raise ConfigError(f"the variable {missing} is missing: it comes with the other key")
+    return {"profile": variables.get("AWS_PROFILE") or None}
+
+
+def _encryption(text: Mapping[str, str], endpoint: str | None) -> dict[str, Any]:
+    encoded = text.get("sse-customer-key")
+    key_path = text.get("sse-customer-key-path")
+    kms = text.get("sse-kms-key-id")
+    algorithm = text.get("sse-customer-algorithm")
+    if encoded and key_path:
+        raise ConfigError("sse-customer-key and sse-customer-key-path: keep one of them")
+    if key_path:
+        file = _absolute(key_path)
+        try:
+            encoded = file.read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not base64 text"
+            raise ConfigError(f"sse-customer-key-path: cannot read {file}: {reason}") from error
+    if not encoded:
+        if algorithm:
+            raise ConfigError("sse-customer-algorithm: sse-customer-key belongs to it")
+        return {"sse_kms_key_id": kms}
+    if kms:
+        raise ConfigError("sse-kms-key-id and sse-customer-key: keep one of them")
+    if algorithm not in (None, "AES256"):
+        raise ConfigError("sse-customer-algorithm: only AES256 is known")
+    try:
+        key = base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ConfigError("sse-customer-key: not base64") from error
+    if len(key) != 32:
+        raise ConfigError(f"sse-customer-key: 32 bytes are needed, it has {len(key)}")
+    if endpoint is not None and endpoint.startswith("http://"):
+        host = endpoint.removeprefix("http://").partition("/")[0]
+        if not is_private_host(host.rpartition(":")[0] or host):
+            raise ConfigError("sse-customer-key: an endpoint with https is needed")
+    return {"sse_customer_algorithm": "AES256", "sse_customer_key": key}
+
+
+# --- databases -----------------------------------------------------------------------------------
+
+
+def make_database(
+    path: str, replica: ReplicaSettings | None, values: Mapping[str, object]
+) -> DatabaseSettings:
+    file = database_path(path)
+    more: dict[str, Any] = {}
+    for name, value in values.items():
+        if name == "meta-path":
+            continue
+        attribute = name.replace("-", "_")
+        if DATABASE_KEYS[name] is parse_duration:
+            attribute += "_s"
+        more[attribute] = value
+    on_missing = more.pop("restore_if_db_not_exists", None)
+    if on_missing is not None:
+        more.setdefault("restore", "if-missing" if on_missing else "never")
+    page_size = more.get("page_size")
+    if page_size is not None and not is_page_size(page_size):
+        raise ConfigError(f"page-size: {page_size} is not a power of two from 512 to 65536")
+    if more.get("min_checkpoint_page_count", 1) < 1:
+        raise ConfigError("min-checkpoint-page-count: must be at least 1")
+    meta_path = values.get("meta-path")
+    return DatabaseSettings(
+        path=file,
+        meta_path=(
+            _absolute(str(meta_path)) if meta_path else file.with_name(f".{file.name}-walship")
+        ),
+        replica=replica,
+        **more,
+    )
+
+
+def database_path(path: str) -> Path:
+    if not isinstance(path, str):
+        raise ConfigError("path: text is expected")
+    for prefix in ("sqlite3://", "sqlite://"):
+        path = path.removeprefix(prefix)
+    if not path or path == ":memory:" or "\0" in path:
+        raise ConfigError(f"path: {path!r} is not a database file")
+    return _absolute(path)
+
+
+# --- small things --------------------------------------------------------------------------------
+
+
+def _absolute(path: str) -> Path:
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{name}: {value} is not from {low} to {high}")
