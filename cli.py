@@ -1,1 +1,866 @@
-"""placeholder"""
+"""The ``walship`` command: restore, look at replicas, look at databases.
+
+Arguments come in here and exit codes go out; the work is done by the modules below.  Standard output
+carries results only, so that ``-json`` can be read by a program; messages and the progress bar go to
+standard error.  Expected errors are one line; a traceback means a bug.
+
+It does not replicate: that happens in the application which opens its database through walship.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import platform
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+from walship import __version__
+from walship.replica.clock import Clock, SystemClock
+from walship.replica.config import Settings, default_replica, load_config, parse_replica
+from walship.replica.errors import (
+    ConfigError,
+    ContinuityError,
+    FormatError,
+    NoBackupError,
+    ReplicaError,
+    StoreError,
+)
+from walship.replica.format.types import LEVEL_MAX, format_segment_name, format_txid, parse_txid
+from walship.replica.plan import GapError, format_time
+from walship.replica.restore import (
+    IntegrityError,
+    OutputExistsError,
+    Progress,
+    RestoreResult,
+    Source,
+    find_source,
+    list_replica,
+    restore,
+)
+from walship.replica.settings import DatabaseSettings, ReplicaSettings, database_path
+from walship.replica.spool import read_state, state_directory
+from walship.replica.store.base import ObjectStore, SegmentInfo
+from walship.replica.store.opening import open_store
+from walship.replica.store.retrying import RetryingStore
+from walship.replica.store.settings import LocalSettings
+from walship.replica.store.timestamps import parse_timestamp
+from walship.replica.url import is_url
+from walship.replica.values import parse_duration
+
+__all__ = ["main"]
+
+EXIT_OK: Final = 0
+EXIT_OTHER: Final = 1
+EXIT_NO_BACKUP: Final = 3
+EXIT_DAMAGED: Final = 4
+EXIT_STORE: Final = 5
+EXIT_GAP: Final = 6
+EXIT_EXISTS: Final = 7
+EXIT_INTERRUPTED: Final = 130
+EXIT_TERMINATED: Final = 143
+
+#: The first class that fits decides.
+_EXIT_CODES: Final[tuple[tuple[type[ReplicaError], int], ...]] = (
+    (NoBackupError, EXIT_NO_BACKUP),
+    (IntegrityError, EXIT_DAMAGED),
+    (FormatError, EXIT_DAMAGED),
+    (StoreError, EXIT_STORE),
+    (GapError, EXIT_GAP),
+    (ContinuityError, EXIT_GAP),
+    (OutputExistsError, EXIT_EXISTS),
+)
+
+_EXIT_HELP: Final = """\
+exit codes:
+  0    done (also: nothing to do, with -if-db-not-exists or -if-replica-exists)
+  1    wrong usage or configuration, or any other error
+  3    no backup that fits
+  4    the replica is damaged, or the restored database fails SQLite's check
+  5    the store cannot be reached, or refuses
+  6    segments are missing in the middle of the replica
+  7    the output exists already
+  130  interrupted (Ctrl-C); nothing was changed
+"""
+
+_MAIN_HELP: Final = f"""\
+examples:
+  walship restore -o app.db 's3://bucket/app.db?endpoint=fly.storage.tigris.dev&region=auto'
+  walship restore -config walship.yml /data/app.db
+  walship ltx -level all 's3://bucket/app.db'
+  walship status -config walship.yml
+
+Quote a URL that contains "&", or the shell cuts it there.  Keys come from the environment
+(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or the configuration file.
+
+{_EXIT_HELP}"""
+
+_RESTORE_HELP: Final = f"""\
+What to restore is a database of the configuration file, or a replica: a URL or a directory.  Without
+a configuration file a database is restored from the replica that WALSHIP_REPLICA names.
+
+examples:
+  the newest state:
+    walship restore -o app.db s3://bucket/app.db
+  an earlier one:
+    walship restore -o app.db -timestamp 2026-01-31T15:54:00Z s3://bucket/app.db
+    walship restore -o app.db -timestamp -15m s3://bucket/app.db
+    walship restore -o app.db -txid 00000000000000a7 s3://bucket/app.db
+  at the start of a container, where either side may be missing:
+    walship restore -if-db-not-exists -if-replica-exists -config walship.yml /data/app.db
+  what would be fetched:
+    walship restore -dry-run -o app.db s3://bucket/app.db
+
+The database appears under its name complete and checked, or not at all; until then nothing that
+exists is touched, not even with -force.
+
+{_EXIT_HELP}"""
+
+#: Commands of Litestream that somebody may type here.
+_ELSEWHERE: Final[Mapping[str, str]] = {
+    "snapshots": "there are no separate snapshots any more; `walship ltx -level 9` lists them",
+    "generations": "there are no generations any more; `walship ltx -level all` lists the replica",
+    "replicate": "not supported yet; the application itself replicates when it opens its database"
+    " with walship.connect(path, replica=...)",
+    "reset": "not supported yet; adopt=True of walship.connect makes the local database the next"
+    " state of its replica",
+    "sync": "walship runs inside the application: call walship.replication(db).sync() there",
+    "info": "walship runs inside the application: see walship.replication(db).status() there",
+    "list": "walship runs inside the application; `walship databases` lists the configuration file",
+    "register": "walship runs inside the application: open the database there with a replica",
+    "unregister": "walship runs inside the application: close the database there",
+    "start": "walship runs inside the application: open the database there with a replica",
+    "stop": "walship runs inside the application: close the database there",
+    "mcp": "not supported",
+}
+
+_TIME_UNITS: Final[Mapping[str, int]] = {
+    "s": 1, "sec": 1, "second": 1,
+    "m": 60, "min": 60, "minute": 60,
+    "h": 3600, "hour": 3600,
+    "d": 86400, "day": 86400,
+    "w": 604800, "week": 604800,
+}  # fmt: skip
+_WORDS_RE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)", re.ASCII)
+_FINE_RE: Final = re.compile(r"\.\d{3}\d*[1-9]")
+_RELATIVE_RE: Final = re.compile(r"-\s*\d")
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: clean up as for Ctrl-C."""
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows each option in one spelling."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        if action.nargs == 0:
+            return action.option_strings[0]
+        default = self._get_default_metavar_for_optional(action)
+        return f"{action.option_strings[0]} {self._format_args(action, default)}"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Options with one dash or two, usage errors as one line with exit code 1."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (`{self.prog} -h` shows what there is)")
+
+
+class _NotYet(argparse.Action):
+    """An option of Litestream that is understood, but not supported."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
+        parser.error("following a replica is not supported yet")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; without ``argv`` as a program of its own."""
+    as_program = argv is None
+    words = _joined(sys.argv[1:] if argv is None else argv)
+    if as_program:
+        signal.signal(signal.SIGTERM, _terminate)
+    code = _run(words, SystemClock())
+    if as_program and code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
+        # Threads may still wait for a server; nothing they do matters any more.
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise _Terminated
+
+
+def _run(words: Sequence[str], clock: Clock) -> int:
+    logging.captureWarnings(True)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_MessageFormatter())
+    logger = logging.getLogger("walship")
+    previous = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    command = ""
+    arguments: argparse.Namespace | None = None
+    try:
+        if words and words[0] in _ELSEWHERE:
+            raise ConfigError(f"{words[0]}: {_ELSEWHERE[words[0]]}")
+        parser = _parser()
+        arguments = parser.parse_args(words)
+        command = arguments.command or ""
+        if not command:
+            parser.print_help(sys.stderr)
+            return EXIT_OTHER
+        code: int = arguments.run(arguments, clock)
+        sys.stdout.flush()
+        return code
+    except ReplicaError as error:
+        _say(_one_line(error) + _hint(words))
+        return _exit_code(error)
+    except _Terminated:
+        _say("terminated; nothing was changed")
+        return EXIT_TERMINATED
+    except KeyboardInterrupt:
+        _say("interrupted; nothing was changed")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has seen enough.  Nothing must be flushed into the pipe later.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OTHER
+    except SystemExit as stop:  # argparse, after printing help
+        return int(stop.code or 0)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(previous[0])
+        logger.propagate = previous[1]
+        logging.captureWarnings(False)
+
+
+def _exit_code(error: ReplicaError) -> int:
+    return next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), EXIT_OTHER)
+
+
+class _MessageFormatter(logging.Formatter):
+    """One line for each message, as everything else here."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"walship: {record.levelname.lower()}: {record.getMessage()}"
+
+
+def _say(message: str) -> None:
+    print(f"walship: {message}", file=sys.stderr)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _hint(words: Sequence[str]) -> str:
+    """A shell that saw an unquoted ``&`` has run us with the first half of the URL."""
+    for word in words:
+        if is_url(word) and re.search(r"[?&]endpoint=", word) and "region=" not in word:
+            return (
+                " (the URL names an endpoint and no region: if it has an & in it, put it in quotes,"
+                " or the shell cuts it there)"
+            )
+    return ""
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """Write ``-timestamp -15m`` as one word: the parser takes the second for an option."""
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1] in ("-timestamp", "--timestamp") and _RELATIVE_RE.match(word):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _option(parser: argparse.ArgumentParser, name: str, **settings: Any) -> None:
+    """Add an option that is spelled with one dash or with two."""
+    parser.add_argument(f"-{name}", f"--{name}", **settings)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="walship",
+        description="Restores SQLite databases from replicas and looks at replicas and databases.",
+        epilog=_MAIN_HELP,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    _option(parser, "version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+
+    def command(
+        name: str,
+        run: Callable[[argparse.Namespace, Clock], int],
+        summary: str,
+        *,
+        epilog: str = _EXIT_HELP,
+    ) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=epilog,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+        made.set_defaults(run=run)
+        return made
+
+    made = command("restore", _restore, "restore a database from its replica", epilog=_RESTORE_HELP)
+    _target(made)
+    _config(made)
+    made.add_argument("-o", "--o", "--output", metavar="PATH", help="the database file to write")
+    _option(made, "txid", metavar="TXID", help="restore exactly this TXID (16 hex digits)")
+    _option(
+        made,
+        "timestamp",
+        metavar="TIME",
+        help="restore the newest state before this time: RFC 3339, or relative"
+        ' ("-15m", "5 minutes ago")',
+    )
+    _option(
+        made,
+        "parallelism",
+        metavar="N",
+        type=_at_least_one,
+        default=8,
+        help="requests under way at once (8)",
+    )
+    _option(
+        made,
+        "integrity-check",
+        choices=["none", "quick", "full"],
+        default="none",
+        help="have SQLite check the database before it gets its name (none)",
+    )
+    _option(
+        made,
+        "verify",
+        choices=["auto", "full"],
+        default="auto",
+        help="full: also read and verify the outdated parts of large segments (auto)",
+    )
+    _option(made, "force", action="store_true", help="replace an existing database")
+    _option(
+        made,
+        "if-db-not-exists",
+        action="store_true",
+        help="do nothing, successfully, if the output exists",
+    )
+    _option(
+        made,
+        "if-replica-exists",
+        action="store_true",
+        help="do nothing, successfully, if there is no backup",
+    )
+    for name in ("f", "follow-interval"):
+        _option(made, name, nargs="?", action=_NotYet, help=argparse.SUPPRESS)
+    _option(made, "dry-run", action="store_true", help="print what would be fetched, fetch nothing")
+    _json(made)
+
+    for name in ("ltx", "wal"):
+        summary = "list the segments of a replica"
+        if name == "wal":
+            summary += " (the old name of ltx)"
+        made = command(name, _ltx, summary)
+        _target(made)
+        _config(made)
+        _option(
+            made,
+            "level",
+            metavar="LEVEL",
+            type=_levels,
+            default=_levels("0"),
+            help="0 fresh, 1 to 8 compacted, 9 snapshots, or all (0)",
+        )
+        _json(made)
+
+    made = command("databases", _databases, "list the databases of the configuration file")
+    _config(made)
+    _json(made)
+
+    made = command("status", _status, "show local databases and how far their replicas are")
+    made.add_argument("database", metavar="DB", nargs="?", help="only this database")
+    _config(made)
+    _json(made)
+
+    made = command("version", _version, "print the version")
+    _option(made, "verbose", action="store_true", help="also those of what it runs on")
+    return parser
+
+
+def _target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="DB|REPLICA", help="a database, or a URL or directory")
+
+
+def _config(parser: argparse.ArgumentParser) -> None:
+    _option(parser, "config", metavar="PATH", help="the configuration file")
+    _option(
+        parser,
+        "no-expand-env",
+        action="store_true",
+        help="do not replace $NAME in the configuration file",
+    )
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    _option(parser, "json", action="store_true", help="print JSON")
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a number from 1 on is expected, not {text!r}")
+    return int(text)
+
+
+def _levels(text: str) -> tuple[int, ...]:
+    if text == "all":
+        return tuple(range(LEVEL_MAX + 1))
+    if re.fullmatch(r"[0-9]", text) is None:
+        raise argparse.ArgumentTypeError(f"0 to {LEVEL_MAX} or all is expected, not {text!r}")
+    return (int(text),)
+
+
+def _parse_txid(text: str) -> int:
+    try:
+        return parse_txid(text.lower())
+    except FormatError:
+        raise ConfigError(f"-txid: 16 hex digits are expected, not {text!r}") from None
+
+
+def parse_time(text: str, now_ms: int) -> int:
+    """A time as ms since the epoch: RFC 3339, or relative to now ("-15m", "5 minutes ago").
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    stripped = text.strip()
+    absolute = parse_timestamp(stripped.replace(" ", "T", 1))
+    if absolute is not None:
+        # "Strictly before" must include what happened earlier in the same millisecond.
+        return absolute + (_FINE_RE.search(stripped) is not None)
+    words = stripped.lower()
+    if words.startswith("-"):
+        words = words[1:].strip()
+    elif words.endswith("ago"):
+        words = words[:-3].strip()
+    else:
+        words = ""
+    seconds = _relative_s(words)
+    if seconds is None:
+        raise ConfigError(
+            f"-timestamp: not a time: {text!r} (2026-01-31T15:54:00Z, with Z or +01:00 at its end,"
+            ' or "-15m", or "5 minutes ago")'
+        )
+    return now_ms - round(seconds * 1000)
+
+
+def _relative_s(words: str) -> float | None:
+    if not words:
+        return None
+    with contextlib.suppress(ConfigError):
+        return parse_duration("timestamp", words)
+    seconds = 0.0
+    for number, unit in _WORDS_RE.findall(words):
+        size = _TIME_UNITS.get(unit) or _TIME_UNITS.get(unit.removesuffix("s"))
+        if size is None:
+            return None
+        seconds += float(number) * size
+    rest = _WORDS_RE.sub("", words).replace("and", "").replace(",", "").strip()
+    return None if rest or not seconds else seconds
+
+
+# --- what is meant -------------------------------------------------------------------------------
+
+
+def _load(arguments: argparse.Namespace) -> Settings | None:
+    if arguments.config is None:
+        return None
+    return load_config(arguments.config, expand_env=not arguments.no_expand_env)
+
+
+def _replica_of(arguments: argparse.Namespace) -> tuple[ReplicaSettings, Path | None]:
+    """The replica that DB|REPLICA means, and the database if it is one."""
+    target: str = arguments.target
+    if is_url(target) and not target.startswith("sqlite:"):
+        if arguments.config is not None:
+            raise ConfigError("a replica URL and -config exclude each other: drop one of them")
+        return parse_replica(target), None
+    settings = _load(arguments)
+    if settings is not None:
+        database = settings.database(target)
+        if database is None:
+            known = ", ".join(str(each.path) for each in settings.databases) or "none"
+            raise ConfigError(
+                f"{database_path(target)} is not in {arguments.config}; it has: {known}"
+            )
+        return _its_replica(database), database.path
+    if os.path.isdir(target):
+        return parse_replica(target), None
+    path = database_path(target)
+    replica = default_replica()
+    if replica is None:
+        raise ConfigError(
+            f"where is the replica of {path}? Give -config FILE, a replica URL in place of the"
+            " database, or set WALSHIP_REPLICA"
+        )
+    return replica, path
+
+
+def _its_replica(database: DatabaseSettings) -> ReplicaSettings:
+    if database.replica is None:
+        raise ConfigError(f"{database.path} has no replica in the configuration file")
+    return database.replica
+
+
+@contextlib.contextmanager
+def _opened(replica: ReplicaSettings, clock: Clock) -> Iterator[ObjectStore]:
+    with closing(RetryingStore(open_store(replica.store, clock), clock)) as store:
+        yield store
+
+
+def _kind(replica: ReplicaSettings) -> str:
+    return "file" if isinstance(replica.store, LocalSettings) else "s3"
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+def _restore(arguments: argparse.Namespace, clock: Clock) -> int:
+    txid = None if arguments.txid is None else _parse_txid(arguments.txid)
+    timestamp_ms = None
+    if arguments.timestamp is not None:
+        timestamp_ms = parse_time(arguments.timestamp, clock.now_ms())
+    replica, database = _replica_of(arguments)
+    if arguments.o is not None:
+        output = Path(arguments.o)
+    elif database is not None:
+        output = database
+    else:
+        raise ConfigError(f"where to? Try: walship restore -o app.db '{arguments.target}'")
+    if arguments.if_db_not_exists and output.exists() and output.stat().st_size > 0:
+        _say(f"{output} exists already, nothing to do")
+        return EXIT_OK
+    with _opened(replica, clock) as store:
+        try:
+            if arguments.dry_run:
+                source = find_source(
+                    store,
+                    txid=txid,
+                    timestamp_ms=timestamp_ms,
+                    parallelism=arguments.parallelism,
+                )
+                _print_source(source, store, replica, output, arguments.json)
+                return EXIT_OK
+            with _progress_bar(output.name) as progress:
+                result = restore(
+                    store,
+                    output,
+                    clock=clock,
+                    txid=txid,
+                    timestamp_ms=timestamp_ms,
+                    parallelism=arguments.parallelism,
+                    integrity_check=arguments.integrity_check,
+                    verify=arguments.verify,
+                    progress=progress,
+                    overwrite=arguments.force,
+                )
+        except NoBackupError as error:
+            if not arguments.if_replica_exists:
+                raise
+            _say(f"{_one_line(error)}; nothing to do")
+            return EXIT_OK
+    _report(result, output, replica, arguments.json)
+    return EXIT_OK
+
+
+def _report(result: RestoreResult, output: Path, replica: ReplicaSettings, as_json: bool) -> None:
+    txid = None if result.txid is None else format_txid(result.txid)
+    if as_json:
+        _print_json(
+            {
+                "db_path": str(output),
+                "replica": _kind(replica),
+                "txid": txid,
+                "duration_ms": round(result.duration_s * 1000),
+                "integrity_check": result.integrity_check,
+                "page_size": result.page_size,
+                "commit": result.commit,
+                "segments": result.n_segments,
+                "bytes_fetched": result.bytes_fetched,
+                "pages_decoded": result.pages_decoded,
+                "warnings": list(result.warnings),
+            }
+        )
+        return
+    size = _human_size(result.page_size * result.commit)
+    state = "a replica of Litestream 0.3" if txid is None else f"TXID {txid}"
+    _say(
+        f"restored {output} from {state}: {size} in {result.duration_s:.1f} s, fetched"
+        f" {_human_size(result.bytes_fetched)} in {result.n_segments} segment(s)"
+    )
+
+
+@contextlib.contextmanager
+def _progress_bar(name: str) -> Iterator[Progress | None]:
+    """A bar on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(
+        desc=name, unit="B", unit_scale=True, unit_divisor=1000, leave=False, file=sys.stderr
+    ) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def _print_source(
+    source: Source, store: ObjectStore, replica: ReplicaSettings, output: Path, as_json: bool
+) -> None:
+    if source.plan is not None:
+        files = [_segment_json(each, named=True) for each in source.plan.segments]
+        min_txid: str | None = format_txid(source.plan.min_txid)
+        max_txid: str | None = format_txid(source.plan.max_txid)
+        warnings = source.plan.warnings
+    else:
+        assert source.v03 is not None
+        files = [
+            {
+                "level": None,
+                "name": each.info.key,
+                "min_txid": None,
+                "max_txid": None,
+                "size": each.info.size_bytes,
+                "timestamp": _timestamp(each.info.modified_ms),
+            }
+            for each in (source.v03.snapshot, *source.v03.wal)
+        ]
+        min_txid = max_txid = None
+        warnings = ()
+    for warning in warnings:
+        _say(f"warning: {warning}")
+    if as_json:
+        _print_json(
+            {
+                "source": store.url,
+                "target_path": str(output),
+                "replica": _kind(replica),
+                "min_txid": min_txid,
+                "max_txid": max_txid,
+                "files": files,
+            }
+        )
+        return
+    print("Restore plan:")
+    print(f"  source: {store.url}")
+    print(f"  target: {output}")
+    print(f"  replica: {_kind(replica)}")
+    if min_txid is not None:
+        print(f"  txid range: {min_txid} - {max_txid}")
+    print("\nFiles to fetch:")
+    columns = ["level", "name", "min_txid", "max_txid", "size", "timestamp"]
+    headings = ["level", "file", *columns[2:]]
+    _print_table(headings, [["-" if f[c] is None else str(f[c]) for c in columns] for f in files])
+
+
+def _ltx(arguments: argparse.Namespace, clock: Clock) -> int:
+    if arguments.command == "wal":
+        _say("warning: `walship wal` is now called `walship ltx`")
+    replica, _ = _replica_of(arguments)
+    with _opened(replica, clock) as store:
+        segments = list_replica(store, arguments.level)
+    if arguments.json:
+        _print_json([_segment_json(each) for each in segments])
+        return EXIT_OK
+    rows = [
+        [
+            str(each.level),
+            format_txid(each.min_txid),
+            format_txid(each.max_txid),
+            str(each.size_bytes),
+            _timestamp(each.created_ms),
+        ]
+        for each in segments
+    ]
+    _print_table(["level", "min_txid", "max_txid", "size", "created"], rows)
+    return EXIT_OK
+
+
+def _segment_json(segment: SegmentInfo, *, named: bool = False) -> dict[str, object]:
+    fields: dict[str, object] = {"level": segment.level}
+    if named:
+        fields["name"] = format_segment_name(segment.min_txid, segment.max_txid)
+    fields["min_txid"] = format_txid(segment.min_txid)
+    fields["max_txid"] = format_txid(segment.max_txid)
+    fields["size"] = segment.size_bytes
+    fields["timestamp"] = _timestamp(segment.created_ms)
+    return fields
+
+
+def _required_config(arguments: argparse.Namespace) -> Settings:
+    settings = _load(arguments)
+    if settings is None:
+        raise ConfigError(f"which databases? Try: walship {arguments.command} -config walship.yml")
+    return settings
+
+
+def _databases(arguments: argparse.Namespace, clock: Clock) -> int:
+    rows = [
+        [str(each.path), "-" if each.replica is None else _kind(each.replica)]
+        for each in _required_config(arguments).databases
+    ]
+    if arguments.json:
+        _print_json([{"path": path, "replica": replica} for path, replica in rows])
+    else:
+        _print_table(["path", "replica"], rows)
+    return EXIT_OK
+
+
+def _status(arguments: argparse.Namespace, clock: Clock) -> int:
+    """Local state of databases, and the replica's newest TXID where a replica is known."""
+    found: list[tuple[Path, Path, ReplicaSettings | None]] = []
+    if arguments.config is not None:
+        settings = _required_config(arguments)
+        databases: Sequence[DatabaseSettings] = settings.databases
+        if arguments.database is not None:
+            wanted = settings.database(arguments.database)
+            if wanted is None:
+                raise ConfigError(f"{arguments.database} is not in {arguments.config}")
+            databases = [wanted]
+        found = [(each.path, each.meta_path, each.replica) for each in databases]
+    elif arguments.database is not None:
+        path = database_path(arguments.database)
+        found = [(path, state_directory(path), default_replica())]
+    else:
+        raise ConfigError("which database? Try: walship status app.db, or -config walship.yml")
+    code = EXIT_OK
+    rows = []
+    for path, directory, replica in found:
+        row, error = _database_status(path, directory, replica, clock)
+        rows.append(row)
+        if error is not None:
+            _say(_one_line(error))
+            code = code or _exit_code(error)
+    if arguments.json:
+        _print_json(rows)
+    else:
+        columns = ["database", "status", "local_txid", "replica_txid", "wal_size"]
+        headings = [name.replace("_", " ") for name in columns]
+        _print_table(headings, [[row[name] for name in columns] for row in rows])
+    return code
+
+
+def _database_status(
+    path: Path, directory: Path, replica: ReplicaSettings | None, clock: Clock
+) -> tuple[dict[str, str], ReplicaError | None]:
+    """One row; what could not be found out is an error beside it and "-" in it."""
+    row = {
+        "database": str(path),
+        "status": "no database",
+        "local_txid": "-",
+        "replica_txid": "-",
+        "wal_size": "-",
+    }
+    problem: ReplicaError | None = None
+    if path.exists():
+        row["status"] = "not initialized"
+        wal = Path(f"{path}-wal")
+        row["wal_size"] = _human_size(wal.stat().st_size if wal.exists() else 0)
+    try:
+        state = read_state(directory)
+    except (ReplicaError, OSError) as error:
+        row["status"] = "error"
+        problem = error if isinstance(error, ReplicaError) else ConfigError(_one_line(error))
+    else:
+        if state is not None and state.txid:
+            row["local_txid"] = format_txid(state.txid)
+            if path.exists():
+                row["status"] = "ok"
+    if replica is not None:
+        try:
+            with _opened(replica, clock) as store:
+                newest = max((each.max_txid for each in list_replica(store)), default=0)
+            row["replica_txid"] = format_txid(newest) if newest else "-"
+        except ReplicaError as error:
+            row["status"] = "error"
+            problem = problem or error
+    return row, problem
+
+
+def _version(arguments: argparse.Namespace, clock: Clock) -> int:
+    if not arguments.verbose:
+        print(__version__)
+        return EXIT_OK
+    import apsw
+
+    print(f"Version:  {__version__}")
+    print(f"Python:   {platform.python_implementation()} {platform.python_version()}")
+    print(f"SQLite:   {apsw.sqlite_lib_version()} (apsw {apsw.apsw_version()})")
+    print(f"OS/Arch:  {platform.system().lower()}/{platform.machine()}")
+    return EXIT_OK
+
+
+# --- printing ------------------------------------------------------------------------------------
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns that line up, the last one ragged."""
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    for row in (headings, *rows):
+        padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(padded).rstrip())
+
+
+def _timestamp(timestamp_ms: int) -> str:
+    """RFC 3339 to the second, as Litestream prints it."""
+    try:
+        moment = datetime.fromtimestamp(timestamp_ms // 1000, tz=timezone.utc)
+    except (OverflowError, ValueError, OSError):
+        return format_time(timestamp_ms)
+    return f"{moment:%Y-%m-%dT%H:%M:%SZ}"
+
+
+def _human_size(n_bytes: int) -> str:
+    """Bytes in decimal units: ``4.2 kB``."""
+    if n_bytes < 1000:
+        return f"{n_bytes} B"
+    size = float(n_bytes)
+    for unit in ("kB", "MB", "GB", "TB"):
+        size /= 1000
+        if size < 999.5 or unit == "TB":
+            break
+    return f"{size:.1f} {unit}" if size < 10 else f"{size:.0f} {unit}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

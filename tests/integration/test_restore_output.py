@@ -139,9 +139,7 @@ def test_sidecars_go_before_the_name_changes(
     real = {name: getattr(os, name) for name in ("rename", "unlink", "fsync")}
 
     def present() -> tuple[str, ...]:
-        return tuple(
-            suffix for suffix in ("", *SIDECARS) if os.path.lexists(f"{database}{suffix}")
-        )
+        return tuple(suffix for suffix in ("", *SIDECARS) if os.path.lexists(f"{database}{suffix}"))
 
     def watch(name: str) -> None:
         def call(*args: object, **kwargs: object) -> object:
@@ -236,9 +234,7 @@ def test_interrupt_removes_the_temporary_file(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        restore(
-            local_store(GOLDEN / "b-512" / "replica"), output, clock=CLOCK, progress=interrupt
-        )
+        restore(local_store(GOLDEN / "b-512" / "replica"), output, clock=CLOCK, progress=interrupt)
     assert list(output.parent.iterdir()) == []
 
 
@@ -278,9 +274,7 @@ def test_restores_at_once_do_not_remove_each_others_files(tmp_path: Path) -> Non
     def run() -> None:
         try:
             outcomes.append(
-                restore(
-                    Meeting(GOLDEN / "b-512" / "replica", CLOCK), output, clock=CLOCK, txid=1
-                )
+                restore(Meeting(GOLDEN / "b-512" / "replica", CLOCK), output, clock=CLOCK, txid=1)
             )
         except ReplicaError as error:
             outcomes.append(error)
@@ -308,9 +302,7 @@ def file_size_limit() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("name", ["a-4096-levels", "f-v03-generations"])
-def test_full_disk_is_one_clear_error(
-    name: str, tmp_path: Path, file_size_limit: int
-) -> None:
+def test_full_disk_is_one_clear_error(name: str, tmp_path: Path, file_size_limit: int) -> None:
     """Without room the error says so, and the database that was there is untouched."""
     output = tmp_path / "app.db"
     output.write_bytes(b"old")

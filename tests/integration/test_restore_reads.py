@@ -102,18 +102,16 @@ def test_outdated_parts_of_large_segments_are_not_read(large: Path, tmp_path: Pa
     key = str(snapshot.relative_to(large))
     index = parse_index(snapshot.read_bytes())
     winning = sum(
-        length
-        for pgno, length in zip(index.pgnos, index.lengths, strict=True)
-        if pgno % 8 == 0
+        length for pgno, length in zip(index.pgnos, index.lengths, strict=True) if pgno % 8 == 0
     )
     ranges = [(start, length) for name, start, length in store.reads if name == key]
     read = sum(length or 0 for _, length in ranges)
     tail_guess = max(64 << 10, snapshot.stat().st_size // 128)
     assert read == winning + 100 + tail_guess
     assert len(ranges) == n_old + 2
-    assert result.bytes_fetched == read + sizes(large)[
-        "ltx/1/0000000000000002-0000000000000002.ltx"
-    ]
+    assert (
+        result.bytes_fetched == read + sizes(large)["ltx/1/0000000000000002-0000000000000002.ltx"]
+    )
 
 
 def test_verify_full_reads_everything(large: Path, tmp_path: Path) -> None:

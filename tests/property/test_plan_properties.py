@@ -37,9 +37,7 @@ def model(eligible: list[SegmentInfo]) -> list[SegmentInfo]:
         ]
         if not candidates:
             return chain
-        best = sorted(
-            candidates, key=lambda each: (-each.max_txid, each.min_txid, -each.level)
-        )[0]
+        best = sorted(candidates, key=lambda each: (-each.max_txid, each.min_txid, -each.level))[0]
         chain.append(best)
         reached = best.max_txid
 
@@ -58,9 +56,7 @@ def test_latest_is_the_models_chain_or_a_gap(listing: list[SegmentInfo]) -> None
         assert gap.reachable_txid == reached
         assert gap.next_txid == min(each.min_txid for each in behind)
         assert (
-            not expected
-            or newest - reached > IN_FLIGHT_MAX
-            or any(each.level for each in behind)
+            not expected or newest - reached > IN_FLIGHT_MAX or any(each.level for each in behind)
         )
     else:
         assert list(chosen.segments) == expected

@@ -21,9 +21,7 @@ SETS = [
 WITH_PLANS = ["a-4096-levels", "c-vacuum-shrink"]
 
 
-def segment(
-    level: int, min_txid: int, max_txid: int, created_ms: int | None = None
-) -> SegmentInfo:
+def segment(level: int, min_txid: int, max_txid: int, created_ms: int | None = None) -> SegmentInfo:
     created = max_txid * 1000 if created_ms is None else created_ms
     return SegmentInfo(level, min_txid, max_txid, 100, created, f"{level}/{min_txid}-{max_txid}")
 
