@@ -1,8 +1,8 @@
 """The ``walship`` command: restore, look at replicas, look at databases.
 
-Arguments come in here and exit codes go out; the work is done by the modules below.  Standard output
-carries results only, so that ``-json`` can be read by a program; messages and the progress bar go to
-standard error.  Expected errors are one line; a traceback means a bug.
+Arguments come in here and exit codes go out; the work is done by the modules below.  Standard
+output carries results only, so that ``-json`` can be read by a program; messages and the progress
+bar go to standard error.  Expected errors are one line; a traceback means a bug.
 
 It does not replicate: that happens in the application which opens its database through walship.
 """
@@ -20,7 +20,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -105,8 +105,8 @@ Quote a URL that contains "&", or the shell cuts it there.  Keys come from the e
 {_EXIT_HELP}"""
 
 _RESTORE_HELP: Final = f"""\
-What to restore is a database of the configuration file, or a replica: a URL or a directory.  Without
-a configuration file a database is restored from the replica that WALSHIP_REPLICA names.
+What to restore is a database of the configuration file, or a replica: a URL or a directory.
+Without a configuration file a database is restored from the replica that WALSHIP_REPLICA names.
 
 examples:
   the newest state:
@@ -143,13 +143,14 @@ _ELSEWHERE: Final[Mapping[str, str]] = {
     "mcp": "not supported",
 }
 
+#: Words for units of time, singular, in seconds.
 _TIME_UNITS: Final[Mapping[str, int]] = {
-    "s": 1, "sec": 1, "second": 1,
-    "m": 60, "min": 60, "minute": 60,
-    "h": 3600, "hour": 3600,
-    "d": 86400, "day": 86400,
-    "w": 604800, "week": 604800,
-}  # fmt: skip
+    **dict.fromkeys(("s", "sec", "second"), 1),
+    **dict.fromkeys(("m", "min", "minute"), 60),
+    **dict.fromkeys(("h", "hour"), 3600),
+    **dict.fromkeys(("d", "day"), 86_400),
+    **dict.fromkeys(("w", "week"), 604_800),
+}
 _WORDS_RE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)", re.ASCII)
 _FINE_RE: Final = re.compile(r"\.\d{3}\d*[1-9]")
 _RELATIVE_RE: Final = re.compile(r"-\s*\d")
@@ -844,7 +845,7 @@ def _print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None
 def _timestamp(timestamp_ms: int) -> str:
     """RFC 3339 to the second, as Litestream prints it."""
     try:
-        moment = datetime.fromtimestamp(timestamp_ms // 1000, tz=timezone.utc)
+        moment = datetime.fromtimestamp(timestamp_ms // 1000, tz=UTC)
     except (OverflowError, ValueError, OSError):
         return format_time(timestamp_ms)
     return f"{moment:%Y-%m-%dT%H:%M:%SZ}"

@@ -69,8 +69,8 @@ _INDEX_TAIL: Final = struct.Struct(">QQQ")
 _INDEX_TAIL_SIZE: Final = _INDEX_TAIL.size
 _FLAG_BLOCK: Final = 1
 _PAGES_END: Final = bytes(6)
-# An LZ4 frame of one page: magic, descriptor, block sizes, end mark, checksum; usually 23 bytes, but
-# an encoder may cut a page into several blocks.
+# An LZ4 frame of one page: magic, descriptor, block sizes, end mark, checksum; usually 23 bytes,
+# but an encoder may cut a page into several blocks.
 _FRAME_OVERHEAD: Final = 1024
 _FRAME_HAS_SIZE: Final = 0x08
 # Behind the last page: its end mark, an index that is at least its own end, index size, trailer.

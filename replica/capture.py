@@ -21,9 +21,8 @@ import contextlib
 import logging
 import os
 import threading
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -35,13 +34,11 @@ from .format.types import WalSalts, is_page_size, lock_pgno
 from .format.wal import (
     FRAME_HEADER_SIZE,
     WAL_HEADER_SIZE,
-    FrameHeader,
     WalHeader,
     frame_offset,
-    iter_frame_headers,
-    parse_frame_header,
     wal_size,
 )
+from .frames import Batch, WalReader, collect, pages
 from .spool import INLINE_BYTES, Fingerprint, Sealed, SegmentSink, Spool, State, WalPosition
 from .sqlite import ReadView, SpoolError, SqlitePort
 
@@ -49,12 +46,6 @@ __all__ = ["Capture", "TailLost"]
 
 log = logging.getLogger("walship.capture")
 
-#: How much of the WAL is read at once while frame headers are scanned.
-_SCAN_BYTES: Final = 1024 * 1024
-#: A batch up to this size is read once and kept; a larger one is read again page by page.
-_KEEP_BYTES: Final = 8 * 1024 * 1024
-#: Longest run of consecutive pages that is read in one go.
-_RUN_BYTES: Final = 512 * 1024
 #: A file changed less than this long ago may change again without a visible sign: the kernel's
 #: timestamps advance in ticks of up to 10 ms.
 _SETTLE_NS: Final = 20_000_000
@@ -62,79 +53,6 @@ _SETTLE_NS: Final = 20_000_000
 
 class TailLost(Exception):
     """The WAL on disk ends before what was sealed from it: a power cut or somebody cut it."""
-
-
-class WalReader:
-    """Our own descriptor on the ``-wal`` file, reopened when the file is another one."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.fd = -1
-        self._identity: tuple[int, int] | None = None
-
-    def refresh(self) -> bool:
-        """Follow the path to the file that is there now; False without a file."""
-        try:
-            status = os.stat(self.path)
-        except FileNotFoundError:
-            self.close()
-            return False
-        if self._identity != (status.st_dev, status.st_ino):
-            self.close()
-            try:
-                self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                return False
-            status = os.fstat(self.fd)
-            self._identity = (status.st_dev, status.st_ino)
-        return True
-
-    def header(self) -> WalHeader | None:
-        """The header as it is now; None without a file, or if there is none that is whole."""
-        if not self.refresh():
-            return None
-        data = os.pread(self.fd, WAL_HEADER_SIZE, 0)
-        if len(data) < WAL_HEADER_SIZE:
-            return None
-        try:
-            return WalHeader.parse(data)
-        except FormatError:
-            return None
-
-    def frame(self, frame_no: int, page_size: int) -> FrameHeader | None:
-        """Header of one frame; None if the file is shorter."""
-        data = os.pread(self.fd, FRAME_HEADER_SIZE, frame_offset(frame_no, page_size))
-        return parse_frame_header(data) if len(data) == FRAME_HEADER_SIZE else None
-
-    def sync(self) -> None:
-        """Make everything in the WAL survive a power cut; releases the GIL."""
-        if self.fd >= 0:
-            os.fdatasync(self.fd)
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-        self.fd = -1
-        self._identity = None
-
-
-@dataclass(slots=True)
-class _Batch:
-    """The last version of every page among frames ``first .. last`` of one WAL generation.
-
-    Attributes:
-        keys: ``page number << 32 | frame``, ascending; frame 0 means "from the main file".  A list,
-            except for a full copy, where it may be long.
-        commit: size of the database in pages afterwards.
-        kept: the frames' bytes from ``first`` on, if the batch was small enough to keep.
-    """
-
-    first: int
-    last: int
-    keys: Iterable[int]
-    commit: int
-    checksum: tuple[int, int]
-    kept: bytes | None
 
 
 class Capture:
@@ -341,7 +259,7 @@ class Capture:
         if self.full_copy_reason is not None and not state.copying:
             return  # nothing is continuous yet: the full copy will read whatever is there then
         old: WalPosition | None = None
-        batch: _Batch | None = None
+        batch: Batch | None = None
         header = self._wal.header()
         if not self._wal_gone:
             old = self._locate(header)
@@ -377,13 +295,13 @@ class Capture:
 
     def _rest_of_wal(
         self, old: WalPosition, header: WalHeader, read_main: Callable[[int, int], bytes]
-    ) -> _Batch | None:
+    ) -> Batch | None:
         """What a WAL that is about to go still holds; every commit of it is in the main file."""
         end = old.frame
         if self._known_end is not None and self._known_end[0] == old.salts:
             end = max(end, self._known_end[1])
         page_size = header.page_size
-        batch = self._collect(old, end, page_size) if end > old.frame else None
+        batch = collect(self._wal, old.frame, end, page_size) if end > old.frame else None
         # Frames behind the known end: commits of a writer that died before it rang, or ghosts that
         # never were commits.  Their page numbers with the main file's content are right for both.
         beyond: set[int] = set()
@@ -398,7 +316,7 @@ class Capture:
             return batch
         commit = os.stat(self.path).st_size // page_size
         if batch is None:
-            batch = _Batch(old.frame + 1, end, [], commit, old.checksum, b"")
+            batch = Batch(old.frame + 1, end, [], commit, old.checksum, b"")
         keys = {key >> 32: key for key in batch.keys}
         keys.update((pgno, pgno << 32) for pgno in beyond)
         batch.keys = sorted(key for key in keys.values() if key >> 32 <= commit)
@@ -537,9 +455,9 @@ class Capture:
                 return None
             batch, page_size, _, view = found
             same = batch.commit * page_size == n_bytes
-            pages = self._pages(batch, page_size, view.read_main)
+            content = pages(self._wal, batch, page_size, view.read_main)
             locked = lock_pgno(page_size)
-            while same and (item := next(pages, None)) is not None:
+            while same and (item := next(content, None)) is not None:
                 pgno, page = item
                 if other.tell() != (pgno - 1) * page_size:
                     other.seek((pgno - 1) * page_size)
@@ -558,7 +476,7 @@ class Capture:
     @contextlib.contextmanager
     def _whole_database(
         self,
-    ) -> Iterator[tuple[_Batch, int, WalSalts, ReadView] | None]:
+    ) -> Iterator[tuple[Batch, int, WalSalts, ReadView] | None]:
         """A consistent view of every page: ``(batch, page size, salts, view)``.
 
         The position is set to the view's (`State.copying`), so that gates seal what comes after.
@@ -602,12 +520,11 @@ class Capture:
             newest: dict[int, int] = {}
             if not view.main_only and base.position is not None:
                 # Frames up to the mark win over the main file, and the mark keeps them in place.
-                start = WalPosition(WalSalts(0, 0), 0, (0, 0))
-                overlay = self._collect(start, view.mx_frame, page_size)
+                overlay = collect(self._wal, 0, view.mx_frame, page_size)
                 newest = {key >> 32: key for key in overlay.keys}
             locked = lock_pgno(page_size)
             keys = (newest.get(n, n << 32) for n in range(1, commit + 1) if n != locked)
-            yield _Batch(1, view.mx_frame, keys, commit, (0, 0), None), page_size, salts, view
+            yield Batch(1, view.mx_frame, keys, commit, (0, 0), None), page_size, salts, view
 
     def _settled_after_copy(self, page_size: int, commit: int) -> State | None:
         """The state after all pages were read; None if continuity was lost again meanwhile."""
@@ -619,7 +536,7 @@ class Capture:
             now = replace(now, commit=commit, fingerprint=self._settled_fingerprint())
         return now
 
-    def _after(self, batch: _Batch) -> State:
+    def _after(self, batch: Batch) -> State:
         state = self.state
         assert state.position is not None
         position = WalPosition(state.position.salts, batch.last, batch.checksum)
@@ -627,7 +544,7 @@ class Capture:
             state, position=position, previous=None, fingerprint=None, commit=batch.commit
         )
 
-    def _new_frames(self, *, limit: bool) -> tuple[_Batch, int] | None:
+    def _new_frames(self, *, limit: bool) -> tuple[Batch, int] | None:
         """Committed frames behind the position, by the race-free recipe; None if there are none."""
         state = self.state
         header = self._wal.header()
@@ -646,7 +563,7 @@ class Capture:
         if limit and self._max_sync_wal_bytes:
             last = self._cut(position, last, header.page_size)
             self.more = last < published.mx_frame
-        batch = self._collect(position, last, header.page_size)
+        batch = collect(self._wal, position.frame, last, header.page_size)
         if self._wal.header() != header:
             return None
         if header.page_size != state.page_size:
@@ -665,42 +582,7 @@ class Capture:
             frame_no += 1
         return min(frame_no, last)
 
-    def _collect(self, position: WalPosition, last: int, page_size: int) -> _Batch:
-        """Scan the frames behind ``position`` through ``last``: the newest frame of each page."""
-        first = position.frame + 1
-        step = FRAME_HEADER_SIZE + page_size
-        total = (last - position.frame) * step
-        keep = total <= _KEEP_BYTES
-        chunk_frames = (total if keep else max(step, _SCAN_BYTES)) // step
-        kept: bytes | None = None
-        keys = array("Q")
-        header: tuple[int, ...] = ()
-        frame_no = first
-        while frame_no <= last:
-            count = min(chunk_frames, last - frame_no + 1)
-            data = os.pread(self._wal.fd, count * step, frame_offset(frame_no, page_size))
-            if len(data) != count * step:
-                raise FormatError("the WAL is shorter than its index says")
-            headers = list(iter_frame_headers(data, page_size))
-            newest = {h[0]: n for n, h in enumerate(headers, frame_no)}
-            keys.extend([pgno << 32 | n for pgno, n in newest.items()])
-            header = headers[-1]
-            frame_no += count
-            if keep:
-                kept = data
-        commit = header[1]
-        ordered = sorted(keys)
-        if len(keys) and not keep:
-            ordered = [
-                key
-                for key, behind in zip(ordered, [*ordered[1:], 1 << 64], strict=True)
-                if key >> 32 != behind >> 32
-            ]
-        if ordered and ordered[-1] >> 32 > commit > 0:
-            ordered = [key for key in ordered if key >> 32 <= commit]
-        return _Batch(first, last, ordered, commit, (header[4], header[5]), kept)
-
-    def _add_unwritten(self, batch: _Batch, commit_before: int, page_size: int) -> None:
+    def _add_unwritten(self, batch: Batch, commit_before: int, page_size: int) -> None:
         """Pages by which the database grew without a frame of their own come from the main file."""
         grown = batch.commit - commit_before
         if grown <= 0 or commit_before == 0:
@@ -719,7 +601,7 @@ class Capture:
 
     def _seal_piece(
         self,
-        batch: _Batch,
+        batch: Batch,
         after: State,
         page_size: int,
         read_main: Callable[[int, int], bytes],
@@ -734,7 +616,7 @@ class Capture:
             sink.abandon()
             raise
 
-    def _freeze(self, batch: _Batch, after: State, page_size: int) -> Sealed:
+    def _freeze(self, batch: Batch, after: State, page_size: int) -> Sealed:
         assert after.position is not None
         header = replace(
             self._ltx_header(after.txid + 1, page_size, batch.commit, after.position.salts),
@@ -810,69 +692,21 @@ class Capture:
 
     def _encode(
         self,
-        batch: _Batch,
+        batch: Batch,
         header: Header,
         sink: SegmentSink,
         read_main: Callable[[int, int], bytes],
     ) -> None:
         encoder = Encoder(sink.write, header, self._encoding)
         add_page = encoder.add_page
-        for pgno, page in self._pages(batch, header.page_size, read_main):
+        for pgno, page in pages(self._wal, batch, header.page_size, read_main):
             add_page(pgno, page)
         encoder.finish()
-
-    def _pages(
-        self, batch: _Batch, page_size: int, read_main: Callable[[int, int], bytes]
-    ) -> Iterator[tuple[int, memoryview]]:
-        """Pages of a batch with their content, ascending."""
-        step = FRAME_HEADER_SIZE + page_size
-        if batch.kept is not None:
-            view = memoryview(batch.kept)
-            first = batch.first
-            for key in batch.keys:
-                frame_no = key & 0xFFFFFFFF
-                if frame_no:
-                    start = (frame_no - first) * step + FRAME_HEADER_SIZE
-                    yield key >> 32, view[start : start + page_size]
-                else:
-                    page = read_main(((key >> 32) - 1) * page_size, page_size)
-                    yield key >> 32, memoryview(page)
-            return
-        for first_key, count in _runs(batch.keys, max(1, _RUN_BYTES // step)):
-            pgno, frame_no = first_key >> 32, first_key & 0xFFFFFFFF
-            if frame_no:
-                size, gap = step, FRAME_HEADER_SIZE
-                data = os.pread(self._wal.fd, count * step, frame_offset(frame_no, page_size))
-            else:
-                size, gap = page_size, 0
-                data = read_main((pgno - 1) * page_size, count * page_size)
-            if len(data) != count * size:
-                raise FormatError("the WAL became shorter while it was read")
-            view = memoryview(data)
-            for i in range(count):
-                start = i * size + gap
-                yield pgno + i, view[start : start + page_size]
 
     def close(self) -> None:
         """Close the descriptor on the WAL.  The spool and the port belong to the engine."""
         with self.mutex:
             self._wal.close()
-
-
-def _runs(keys: Iterable[int], longest: int) -> Iterator[tuple[int, int]]:
-    """``(first key, count)`` of runs that are consecutive both as pages and where they lie."""
-    start, count = -1, 0
-    for key in keys:
-        if count and count < longest:
-            expected = start + (count << 32) + (count if start & 0xFFFFFFFF else 0)
-            if key == expected:
-                count += 1
-                continue
-        if count:
-            yield start, count
-        start, count = key, 1
-    if count:
-        yield start, count
 
 
 def _describe(header: Header, sink: SegmentSink) -> Sealed:

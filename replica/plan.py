@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Final
 
 from walship.replica.errors import ConfigError, NoBackupError, RestoreError
@@ -103,7 +103,7 @@ def plan(
 def format_time(timestamp_ms: int) -> str:
     """A time in ms since the epoch as RFC 3339 text in UTC, with milliseconds."""
     try:
-        moment = datetime.fromtimestamp(timestamp_ms // 1000, tz=timezone.utc)
+        moment = datetime.fromtimestamp(timestamp_ms // 1000, tz=UTC)
     except (OverflowError, ValueError, OSError):
         return f"{timestamp_ms} ms since 1970"
     return f"{moment:%Y-%m-%dT%H:%M:%S}.{timestamp_ms % 1000:03d}Z"

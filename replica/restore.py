@@ -28,7 +28,6 @@ from walship.replica.check import IntegrityMode, integrity_check
 from walship.replica.clock import Clock
 from walship.replica.errors import (
     ConfigError,
-    FormatError,
     NoBackupError,
     ObjectNotFound,
     RestoreError,

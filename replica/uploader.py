@@ -1,8 +1,8 @@
 """The uploader: seals what is new and sends it, in the background.
 
 One scheduling thread per database and a few threads for requests, so that several segments may be
-in flight when the store is far away.  The logic is `Uploader.step`, which tests call with a clock of
-their own; `Uploader.run` only steps and waits for the bell.
+in flight when the store is far away.  The logic is `Uploader.step`, which tests call with a clock
+of their own; `Uploader.run` only steps and waits for the bell.
 
 The bell is answered at once when the database was idle, and at most every sync interval under load.
 A TXID is given when a segment is frozen, its bytes are in the spool before they are sent, and they
@@ -12,6 +12,7 @@ the answers come in.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import queue
@@ -36,7 +37,7 @@ log = logging.getLogger("walship.uploader")
 
 #: Segments that may be in flight at once.  Readers accept a hole of less than this at the tail.
 MAX_IN_FLIGHT: Final = 4
-#: How often the uploader looks without having been rung, in seconds: a crash can come before a bell.
+#: How often the uploader looks without having been rung, seconds: a crash can come before a bell.
 TICK_S: Final = 2.0
 #: Waits after failed requests double from the first to the second, in seconds, with jitter.
 BACKOFF_FIRST_S: Final = 0.2
@@ -145,16 +146,14 @@ class Uploader:
     # -- from the application's threads -------------------------------------------------------
 
     def ring(self) -> None:
-        """Something was committed.  Never raises, never blocks, takes no lock; costs nanoseconds."""
+        """Something was committed.  Never raises, never blocks; costs nanoseconds."""
         if not self.dirty:
             self.dirty = True
             self._poke()
 
     def _poke(self) -> None:
-        try:
+        with contextlib.suppress(RuntimeError):  # it is awake already
             self._wake.release()
-        except RuntimeError:
-            pass  # it is awake already
 
     def request_sync(self) -> int:
         """Ask that everything committed so far be sent at once; a ticket for `wait`."""
@@ -420,13 +419,13 @@ class Uploader:
         self._recovered()
 
     def _failed(self, error: ReplicaError) -> float:
-        """Note a failure and back off; one line in the log when trouble begins, one when it ends."""
+        """Note a failure and back off; one log line when trouble begins, one when it ends."""
         now = self._clock.monotonic()
         self._failures += 1
         self._progress.last_error = str(error)
         retryable = isinstance(error, StoreError) and error.retryable
         first = BACKOFF_FIRST_S if retryable else BACKOFF_REFUSED_S
-        wait = min(BACKOFF_LONGEST_S, first * 2 ** min(self._failures - 1, 10))
+        wait = min(BACKOFF_LONGEST_S, first * float(1 << min(self._failures - 1, 10)))
         wait *= 0.5 + self._rng.random() / 2
         self._retry_at = now + wait
         if self._down_since is None:

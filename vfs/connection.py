@@ -29,9 +29,9 @@ class Connection(apsw.Connection):
         kind: type[BaseException] | None,
         value: BaseException | None,
         traceback: TracebackType | None,
-    ) -> bool | None:
+    ) -> bool:
         try:
-            return super().__exit__(kind, value, traceback)  # type: ignore[no-any-return]
+            return super().__exit__(kind, value, traceback)
         except apsw.Error as error:
             ours = _ours(error)
             if ours is None:
@@ -173,7 +173,7 @@ def configure(
     """
     install()
     if replica is None and os.fspath(path).endswith((".yml", ".yaml")):
-        for database in load_config(path).dbs:
+        for database in load_config(path).databases:
             registry.configure(database)
         return
     registry.configure(

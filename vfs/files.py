@@ -108,7 +108,7 @@ class MainFile(apsw.VFSFile):
             # sqlite3_close asks this just before it locks, checkpoints and deletes the WAL; once
             # it has, nobody can ask the wal-index any more.
             self._forgive(self.engine.before_close)
-        return _file_control(self, op, ptr)  # type: ignore[no-any-return]
+        return _file_control(self, op, ptr)
 
     def xLock(self, level: int) -> None:
         # In WAL mode this is called when a connection first reads, and when the last one closes.

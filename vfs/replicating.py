@@ -28,7 +28,7 @@ from walship.replica.sqlite import RefusedError, connections_to
 
 from .files import MainFile, WalFile, latest_main_file
 
-__all__ = ["VFS_NAME", "ReplicatingVFS", "Registry", "registry"]
+__all__ = ["VFS_NAME", "Registry", "ReplicatingVFS", "registry"]
 
 log = logging.getLogger("walship")
 

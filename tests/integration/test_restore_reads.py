@@ -1,4 +1,4 @@
-"""What a restore reads: winners, small segments whole, and nothing that is outdated without need."""
+"""What a restore reads: winners, small segments whole, and little that is outdated."""
 
 from __future__ import annotations
 

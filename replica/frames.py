@@ -1,0 +1,191 @@
+"""Reading WAL frames: our own descriptor, the newest frame of each page, and the pages' content.
+
+Sits below `replica.capture`, which decides which frames count and proves that none was missed.
+Memory is bounded: a few bytes per page of a batch, and a megabyte of content at a time.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from .errors import FormatError
+from .format.wal import (
+    FRAME_HEADER_SIZE,
+    WAL_HEADER_SIZE,
+    FrameHeader,
+    WalHeader,
+    frame_offset,
+    iter_frame_headers,
+    parse_frame_header,
+)
+
+__all__ = ["Batch", "WalReader", "collect", "pages"]
+
+#: How much of the WAL is read at once while frame headers are scanned.
+_SCAN_BYTES: Final = 1024 * 1024
+#: A batch up to this size is read once and kept; a larger one is read again page by page.
+_KEEP_BYTES: Final = 8 * 1024 * 1024
+#: Longest run of consecutive pages that is read in one go.
+_RUN_BYTES: Final = 512 * 1024
+
+
+class WalReader:
+    """Our own descriptor on the ``-wal`` file, reopened when the file is another one."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.fd = -1
+        self._identity: tuple[int, int] | None = None
+
+    def refresh(self) -> bool:
+        """Follow the path to the file that is there now; False without a file."""
+        try:
+            status = os.stat(self.path)
+        except FileNotFoundError:
+            self.close()
+            return False
+        if self._identity != (status.st_dev, status.st_ino):
+            self.close()
+            try:
+                self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return False
+            status = os.fstat(self.fd)
+            self._identity = (status.st_dev, status.st_ino)
+        return True
+
+    def header(self) -> WalHeader | None:
+        """The header as it is now; None without a file, or if there is none that is whole."""
+        if not self.refresh():
+            return None
+        data = os.pread(self.fd, WAL_HEADER_SIZE, 0)
+        if len(data) < WAL_HEADER_SIZE:
+            return None
+        try:
+            return WalHeader.parse(data)
+        except FormatError:
+            return None
+
+    def frame(self, frame_no: int, page_size: int) -> FrameHeader | None:
+        """Header of one frame; None if the file is shorter."""
+        data = os.pread(self.fd, FRAME_HEADER_SIZE, frame_offset(frame_no, page_size))
+        return parse_frame_header(data) if len(data) == FRAME_HEADER_SIZE else None
+
+    def sync(self) -> None:
+        """Make everything in the WAL survive a power cut; releases the GIL."""
+        if self.fd >= 0:
+            os.fdatasync(self.fd)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
+        self._identity = None
+
+
+@dataclass(slots=True)
+class Batch:
+    """The last version of every page among frames ``first .. last`` of one WAL generation.
+
+    Attributes:
+        keys: ``page number << 32 | frame``, ascending; frame 0 means "from the main file".  A list,
+            except for a full copy, where it may be long.
+        commit: size of the database in pages afterwards.
+        kept: the frames' bytes from ``first`` on, if the batch was small enough to keep.
+    """
+
+    first: int
+    last: int
+    keys: Iterable[int]
+    commit: int
+    checksum: tuple[int, int]
+    kept: bytes | None
+
+
+def collect(wal: WalReader, after: int, last: int, page_size: int) -> Batch:
+    """Scan the frames behind ``position`` through ``last``: the newest frame of each page."""
+    first = after + 1
+    step = FRAME_HEADER_SIZE + page_size
+    total = (last - after) * step
+    keep = total <= _KEEP_BYTES
+    chunk_frames = (total if keep else max(step, _SCAN_BYTES)) // step
+    kept: bytes | None = None
+    keys = array("Q")
+    header: tuple[int, ...] = ()
+    frame_no = first
+    while frame_no <= last:
+        count = min(chunk_frames, last - frame_no + 1)
+        data = os.pread(wal.fd, count * step, frame_offset(frame_no, page_size))
+        if len(data) != count * step:
+            raise FormatError("the WAL is shorter than its index says")
+        headers = list(iter_frame_headers(data, page_size))
+        newest = {h[0]: n for n, h in enumerate(headers, frame_no)}
+        keys.extend([pgno << 32 | n for pgno, n in newest.items()])
+        header = headers[-1]
+        frame_no += count
+        if keep:
+            kept = data
+    commit = header[1]
+    ordered = sorted(keys)
+    if len(keys) and not keep:
+        ordered = [
+            key
+            for key, behind in zip(ordered, [*ordered[1:], 1 << 64], strict=True)
+            if key >> 32 != behind >> 32
+        ]
+    if ordered and ordered[-1] >> 32 > commit > 0:
+        ordered = [key for key in ordered if key >> 32 <= commit]
+    return Batch(first, last, ordered, commit, (header[4], header[5]), kept)
+
+
+def pages(
+    wal: WalReader, batch: Batch, page_size: int, read_main: Callable[[int, int], bytes]
+) -> Iterator[tuple[int, memoryview]]:
+    """Pages of a batch with their content, ascending."""
+    step = FRAME_HEADER_SIZE + page_size
+    if batch.kept is not None:
+        view = memoryview(batch.kept)
+        first = batch.first
+        for key in batch.keys:
+            frame_no = key & 0xFFFFFFFF
+            if frame_no:
+                start = (frame_no - first) * step + FRAME_HEADER_SIZE
+                yield key >> 32, view[start : start + page_size]
+            else:
+                page = read_main(((key >> 32) - 1) * page_size, page_size)
+                yield key >> 32, memoryview(page)
+        return
+    for first_key, count in _runs(batch.keys, max(1, _RUN_BYTES // step)):
+        pgno, frame_no = first_key >> 32, first_key & 0xFFFFFFFF
+        if frame_no:
+            size, gap = step, FRAME_HEADER_SIZE
+            data = os.pread(wal.fd, count * step, frame_offset(frame_no, page_size))
+        else:
+            size, gap = page_size, 0
+            data = read_main((pgno - 1) * page_size, count * page_size)
+        if len(data) != count * size:
+            raise FormatError("the WAL became shorter while it was read")
+        view = memoryview(data)
+        for i in range(count):
+            start = i * size + gap
+            yield pgno + i, view[start : start + page_size]
+
+
+def _runs(keys: Iterable[int], longest: int) -> Iterator[tuple[int, int]]:
+    """``(first key, count)`` of runs that are consecutive both as pages and where they lie."""
+    start, count = -1, 0
+    for key in keys:
+        if count and count < longest:
+            expected = start + (count << 32) + (count if start & 0xFFFFFFFF else 0)
+            if key == expected:
+                count += 1
+                continue
+        if count:
+            yield start, count
+        start, count = key, 1
+    if count:
+        yield start, count
