@@ -15,7 +15,7 @@ class Clock(Protocol):
         """Wall clock, milliseconds since the Unix epoch (UTC).  May jump."""
 
     def monotonic(self) -> float:
-        """Seconds from an arbitrary start; never goes back, counts suspended time where possible."""
+        """Seconds from some start; never goes back, counts suspended time where possible."""
 
     def sleep(self, seconds: float) -> None:
         """Block the calling thread for ``seconds`` (>= 0)."""

@@ -21,7 +21,14 @@ from .format.types import format_txid
 from .restore import RestoreResult, restore
 from .settings import DatabaseSettings
 from .spool import Fingerprint, InUseError, Spool, State, new_lineage
-from .sqlite import NotYetReplicated, RefusedError, SpoolError, SqlitePort, require_sqlite
+from .sqlite import (
+    FencedError,
+    NotYetReplicated,
+    RefusedError,
+    SpoolError,
+    SqlitePort,
+    require_sqlite,
+)
 from .store.base import ObjectStore
 from .store.opening import open_store
 from .store.retrying import RetryingStore
@@ -107,12 +114,12 @@ class Engine:
             clock,
             reconcile=self._reconcile,
             sync_interval_s=settings.replica.sync_interval_s,
+            give_up=self._refuse,
         )
-        self.ring = self.uploader.ring
         self._closed = False
         self._adopt = settings.adopt
-        #: Set while every commit is to be refused, with the reason; read at each commit frame.
-        self.refusal: str | None = None
+        #: Raised at every commit frame while it is set.
+        self.refusal: RefusedError | FencedError | None = None
 
     @classmethod
     def open(cls, settings: DatabaseSettings, clock: Clock | None = None) -> Engine:
@@ -154,6 +161,12 @@ class Engine:
             self._store.url,
             format_txid(self.capture.state.txid),
         )
+
+    def _refuse(self, error: ReplicaError) -> None:
+        """Let no commit pass any more: it could never be shipped."""
+        if not isinstance(error, RefusedError | FencedError):
+            error = RefusedError(f"{self.name} takes no more commits: {error}")
+        self.refusal = error
 
     def _retrying(self, attempts: int) -> RetryingStore:
         return RetryingStore(self._store, self._clock, attempts=attempts)
@@ -210,25 +223,6 @@ class Engine:
                 self._store.url,
             )
 
-    def check_commit(self) -> None:
-        """Refuse a commit of a database that must not go on.
-
-        Raises:
-            RefusedError, FencedError: with the reason.
-        """
-        fatal = self.uploader.fatal
-        if fatal is not None:
-            if isinstance(fatal, RefusedError):
-                raise fatal
-            raise RefusedError(f"{self.name} takes no more commits: {fatal}") from fatal
-        if self.refusal is not None:
-            raise RefusedError(self.refusal)
-
-    @property
-    def refuses(self) -> bool:
-        """Whether `check_commit` would raise."""
-        return self.uploader.fatal is not None or self.refusal is not None
-
     def gate_restart(self, header: bytes, read_main: Callable[[int, int], bytes]) -> None:
         """See `Capture.gate_restart`; what to do when the spool is full is the user's choice."""
         self._gate(lambda: self.capture.gate_restart(header, read_main))
@@ -283,7 +277,7 @@ class Engine:
     def after_fork_in_child(self) -> None:
         """This process replicates nothing: its copies of connections must not write."""
         self._closed = True
-        self.refusal = (
+        self.refusal = RefusedError(
             f"{self.name} was opened before this process was forked: open databases after the fork"
         )
         self._spool.forget_lock()
@@ -329,8 +323,9 @@ class Engine:
         uploader = self.uploader
         progress = uploader.progress
         fatal = uploader.fatal
-        error = str(fatal) if fatal is not None else self.refusal or progress.last_error
-        if self._closed or fatal is not None or self.refusal is not None:
+        trouble = fatal or self.refusal
+        error = str(trouble) if trouble is not None else progress.last_error
+        if self._closed or trouble is not None:
             name = "stopped"
         elif progress.last_error is not None:
             name = "retrying"

@@ -94,6 +94,7 @@ class Uploader:
         store: where they go; one attempt a call.
         reconcile: run before the first segment is frozen, until it passes.
         sync_interval_s: least time between the starts of two uploads under load, seconds.
+        give_up: called once with the reason why this database may not be shipped any more.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Uploader:
         *,
         reconcile: Reconcile,
         sync_interval_s: float,
+        give_up: Callable[[ReplicaError], None] = lambda error: None,
         rng: random.Random | None = None,
     ) -> None:
         self._name = name
@@ -113,6 +115,7 @@ class Uploader:
         self._clock = clock
         self._reconcile = reconcile
         self._sync_interval_s = sync_interval_s
+        self._on_give_up = give_up
         self._rng = rng or random.Random()
         # The doorbell: set by commits without a lock, cleared before the WAL is looked at.
         self.dirty = False
@@ -362,6 +365,7 @@ class Uploader:
         with self._changed:
             self._fatal = error
             self._changed.notify_all()
+        self._on_give_up(error)
         log.error("%s: %s", self._name, error)
 
     def _send_waiting(self) -> None:

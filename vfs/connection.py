@@ -176,9 +176,7 @@ def configure(
         for database in load_config(path).databases:
             registry.configure(database)
         return
-    registry.configure(
-        database_settings(canonical(path), replica, **settings)
-    )
+    registry.configure(database_settings(canonical(path), replica, **settings))
 
 
 def replication(database: apsw.Connection | str | os.PathLike[str]) -> Replication:
@@ -198,5 +196,3 @@ def replication(database: apsw.Connection | str | os.PathLike[str]) -> Replicati
             "walship.connect(path, replica=...) first"
         )
     return Replication(engine)
-
-

@@ -30,11 +30,12 @@ _COMMIT_PHASETWO: Final = apsw.SQLITE_FCNTL_COMMIT_PHASETWO
 _CKPT_START: Final = apsw.SQLITE_FCNTL_CKPT_START
 _HAS_MOVED: Final = apsw.SQLITE_FCNTL_HAS_MOVED
 _PRAGMA: Final = apsw.SQLITE_FCNTL_PRAGMA
+_LOCK_TIMEOUT: Final = apsw.SQLITE_FCNTL_LOCK_TIMEOUT
+_NOTICED: Final = frozenset({_CKPT_START, _HAS_MOVED, _PRAGMA})
 _LOCK_SHARED: Final = apsw.SQLITE_LOCK_SHARED
 _LOCK_EXCLUSIVE: Final = apsw.SQLITE_LOCK_EXCLUSIVE
 
 _FRAME_HEADER_SIZE: Final = 24
-_WAL_HEADER_SIZE: Final = 32
 _NO_COMMIT: Final = b"\0\0\0\0"
 #: Bytes 18 and 19 of page 1 in WAL mode: file format versions for writing and reading.
 _WAL_MODE: Final = b"\2\2"
@@ -92,23 +93,34 @@ class MainFile(apsw.VFSFile):
         super().__init__(base, name, flags)
         self.engine = engine
         self.path = engine.path
-        self._ring = engine.ring
+        self._uploader = engine.uploader
         self._released: Callable[[MainFile], None] | None = released
         #: Whether this is the last connection of the process; the registry knows.
         self.is_last: Callable[[], bool] = lambda: False
 
     def xFileControl(self, op: int, ptr: int) -> bool:
+        # Three of these come with every transaction.  Declining it turns blocking locks off, whose
+        # C code would poll with the same pauses as the busy timeout does through xSleep; forwarding
+        # it costs a point read 2 us more than declining it (benchmarks/reads.py).
+        if op == _LOCK_TIMEOUT:
+            return False
         if op == _COMMIT_PHASETWO:
-            self._ring()
-        elif op == _PRAGMA:
+            if not self._uploader.dirty:
+                self._uploader.ring()
+            return False  # the VFS below knows nothing of it
+        if op in _NOTICED:
+            self._notice(op, ptr)
+        return _file_control(self, op, ptr)
+
+    def _notice(self, op: int, ptr: int) -> None:
+        if op == _PRAGMA:
             self._check_pragma(ptr)
         elif op == _CKPT_START:
             self._forgive(self.engine.capture.note_checkpoint)
-        elif op == _HAS_MOVED and self.is_last():
-            # sqlite3_close asks this just before it locks, checkpoints and deletes the WAL; once
-            # it has, nobody can ask the wal-index any more.
+        elif self.is_last():
+            # sqlite3_close asks whether the file has moved just before it locks, checkpoints and
+            # deletes the WAL; once it has, nobody can ask the wal-index any more.
             self._forgive(self.engine.before_close)
-        return _file_control(self, op, ptr)
 
     def xLock(self, level: int) -> None:
         # In WAL mode this is called when a connection first reads, and when the last one closes.
@@ -176,20 +188,24 @@ class WalFile(apsw.VFSFile):
         super().__init__(base, name, flags)
         self._main = main
         self._engine = main.engine
-        self._uploader = main.engine.uploader
         self._path = os.fspath(name if isinstance(name, str) else name.filename())
         self._fd = -1
 
     def xWrite(self, data: bytes, offset: int) -> None:
         try:
-            if len(data) == _FRAME_HEADER_SIZE:
-                if data[4:8] != _NO_COMMIT and self._engine.refuses:
-                    self._engine.check_commit()
-            elif offset == 0 and len(data) == _WAL_HEADER_SIZE:
+            if offset == 0:
                 self._engine.gate_restart(bytes(data), self._read_main)
+            elif self._engine.refusal is not None and len(data) == _FRAME_HEADER_SIZE:
+                self._refuse_commit(data)
             _write(self, data, offset)
         except BaseException as error:
             raise _as_io_error(error, "the write-ahead log could not be written") from error
+
+    def _refuse_commit(self, header: bytes) -> None:
+        """Stop a transaction at its last frame, while nothing of it is published."""
+        refusal = self._engine.refusal
+        if refusal is not None and bytes(header[4:8]) != _NO_COMMIT:
+            raise refusal
 
     def xTruncate(self, size: int) -> None:
         try:

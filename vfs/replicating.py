@@ -133,9 +133,7 @@ class Registry:
 
     def _is_unused(self, path: str, engine: Engine) -> bool:
         return (
-            self._engines.get(path) is engine
-            and not self._files[path]
-            and not self._opening[path]
+            self._engines.get(path) is engine and not self._files[path] and not self._opening[path]
         )
 
     def _forget(self, path: str) -> None:

@@ -88,7 +88,7 @@ class ObjectStore(Protocol):
         """
 
     def list(self, prefix: str, start_after: str | None = None) -> Iterator[ObjectInfo]:
-        """Objects whose key starts with ``prefix``, in key order, beginning after ``start_after``."""
+        """Objects whose key starts with ``prefix``, in key order, behind ``start_after``."""
 
     def delete(self, keys: Sequence[str]) -> None:
         """Remove objects; a key that does not exist is no error.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +24,9 @@ from walship.replica.store.retrying import RetryingStore
 from walship.replica.store.timestamps import TIMESTAMP_METADATA, parse_timestamp
 
 MIB = 1024 * 1024
+
+#: One bucket per server is enough: each store has a path of its own.
+BUCKETS: dict[str, str] = {}
 
 #: kind of store, and whether it stands behind RetryingStore
 KINDS = [
@@ -44,7 +48,10 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStor
         settings = parse_replica(tmp_path / "replica", environ={})
     else:
         server: S3Endpoint = request.getfixturevalue(f"{kind}_server")
-        settings = parse_replica(server.replica(server.make_bucket(), "some/db"), environ={})
+        if kind not in BUCKETS:
+            BUCKETS[kind] = server.make_bucket()
+        path = f"some/{uuid.uuid4().hex}"
+        settings = parse_replica(server.replica(BUCKETS[kind], path), environ={})
     opened = open_store(settings.store, clock)
     if retrying:
         # The inner store fails now and then, so that the wrapper has something to do; creations

@@ -377,8 +377,8 @@ def seaweedfs(directory: Path | None = None) -> Iterator[S3Endpoint]:
                 f"-dir={root / 'data'}",
                 "-ip=127.0.0.1",
                 "-ip.bind=127.0.0.1",
-                "-master.volumeSizeLimitMB=512",
-                "-volume.max=200",
+                "-master.volumeSizeLimitMB=1024",
+                "-volume.max=5000",
                 "-volume.minFreeSpace=0",
                 "-volume.preStopSeconds=0",
                 "-s3",
@@ -388,7 +388,8 @@ def seaweedfs(directory: Path | None = None) -> Iterator[S3Endpoint]:
                 *options,
             ],
             s3_port,
-            {},
+            # Each bucket has volumes of its own: one at a time is enough.
+            {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"},
         )
 
     try:
