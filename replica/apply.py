@@ -48,11 +48,11 @@ _T = TypeVar("_T")
 
 #: One request of a large segment.  Several are in flight, so this times `parallelism` is most of
 #: the memory a restore needs; larger ones were not faster.
-RANGE_BYTES: Final = 4 << 20
+RANGE_BYTES: Final = 6 << 20
 #: Up to this size a segment is fetched whole, without a look at its index.
 SMALL_BYTES: Final = 4 << 20
 #: Small segments fetched ahead of need, in bytes.
-AHEAD_BYTES: Final = 32 << 20
+AHEAD_BYTES: Final = 24 << 20
 #: Winning pages closer together than this are fetched by one request.
 _RANGE_GAP_BYTES: Final = 64 << 10
 #: Pages handed to the kernel at once (its limit is 1024): half a MiB of them stays in the cache.

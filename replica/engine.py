@@ -115,9 +115,11 @@ class Engine:
             reconcile=self._reconcile,
             sync_interval_s=settings.replica.sync_interval_s,
             give_up=self._refuse,
+            watch=self._watch_locks,
         )
         self._closed = False
         self._adopt = settings.adopt
+        self._has_waited = False
         #: Raised at every commit frame while it is set.
         self.refusal: RefusedError | FencedError | None = None
 
@@ -161,6 +163,13 @@ class Engine:
             self._store.url,
             format_txid(self.capture.state.txid),
         )
+
+    def _watch_locks(self) -> None:
+        if self._port.has_lost_locks():
+            raise RefusedError(
+                f"SQLite's locks on {self.path} are gone: another SQLite library (the sqlite3 "
+                "module?) opened and closed the file in this process; stop that, then restart"
+            )
 
     def _refuse(self, error: ReplicaError) -> None:
         """Let no commit pass any more: it could never be shipped."""
@@ -216,7 +225,11 @@ class Engine:
         Raises:
             ContinuityError: database and replica do not continue each other.
         """
-        if not self.uploader.wait_reconciled(self.settings.open_timeout_s):
+        if self._has_waited:
+            return
+        answered = self.uploader.wait_reconciled(self.settings.open_timeout_s)
+        self._has_waited = True
+        if not answered:
             log.warning(
                 "%s: %s does not answer; commits stay in the WAL until it does",
                 self.name,
@@ -280,7 +293,8 @@ class Engine:
         self.refusal = RefusedError(
             f"{self.name} was opened before this process was forked: open databases after the fork"
         )
-        self._spool.forget_lock()
+        self._port.close_in_child()
+        self._spool.close()  # the lock is the parent's: a record lock is not inherited
 
     # -- for the application ------------------------------------------------------------------
 
@@ -380,7 +394,7 @@ class Engine:
     def release(self) -> None:
         """Give up files, connections and the lock at once, shipping nothing."""
         self._closed = True
-        self._port.close()
+        self._port.release()
         self.capture.close()
         with self.capture.mutex:
             self._spool.close()

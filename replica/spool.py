@@ -26,6 +26,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import struct
 import uuid
@@ -53,6 +54,8 @@ __all__ = [
     "read_state",
     "state_directory",
 ]
+
+log = logging.getLogger("walship.spool")
 
 _RECORD: Final = struct.Struct(">4sB3xIIQ")
 _MAGIC: Final = b"WSJ1"
@@ -524,19 +527,23 @@ class Spool:
             leftover.unlink()
         if path.exists():
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            self._journal = _Journal(fd, 0, os.fstat(fd).st_size)
-            self._state, self._journal.end = _replay(fd)
-            _clear_tail(self._journal)
-        else:
+            try:
+                state, end = _replay(fd)
+            except FormatError as error:
+                os.close(fd)
+                aside = path.with_name("journal.damaged")
+                log.error("%s; it is kept as %s, and a full copy is needed", error, aside)
+                os.replace(path, aside)
+            else:
+                self._state = state
+                self._journal = _Journal(fd, end, os.fstat(fd).st_size)
+                _clear_tail(self._journal)
+        if self._journal is None:
             self._rewrite()
         named = {s.file for s in (*self._state.pieces, *self._state.segments)}
         for file in self.directory.glob("*.ltx"):
             if file.name not in named:
                 file.unlink()
-
-    def forget_lock(self) -> None:
-        """In a forked child: close what was inherited; the parent keeps the lock."""
-        self.close()
 
     def close(self) -> None:
         """Close the journal and release the lock.  Safe to call twice."""

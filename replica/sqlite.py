@@ -12,7 +12,11 @@ be an ``apsw.IOError``, or SQLite does not roll the transaction back.
 
 from __future__ import annotations
 
+import fcntl
+import os
+import struct
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
@@ -36,6 +40,12 @@ __all__ = [
 
 #: 3.51.3 fixed a corruption in the reset of the WAL, and 3.51 brought the NOOP checkpoint.
 SQLITE_MIN_VERSION: Final = 3_051_003
+
+# struct flock of Linux on 64 bits: type, whence, start, length, pid.
+_FLOCK: Final = struct.Struct("hhqqi4x")
+# The bytes that a reading connection holds a shared lock on (SQLite's os_unix.c).
+_SHARED_FIRST: Final = 0x40000002
+_SHARED_SIZE: Final = 510
 
 #: Attempts at the wal-index: a torn header or a busy recovery lock clears within microseconds.
 _PROBE_ATTEMPTS: Final = 200
@@ -131,10 +141,14 @@ class SqlitePort:
         self._probe_lock = threading.Lock()
         self._probe: apsw.Connection | None = None
         self._shut = False
+        self._watch = -1  # descriptor on the main file, for asking about locks only
+        # Every connection of ours that may be open, for a forked child to close.
+        self._owned: weakref.WeakSet[apsw.Connection] = weakref.WeakSet()
 
     def _open(self) -> apsw.Connection:
         flags = apsw.SQLITE_OPEN_READWRITE
         connection = apsw.Connection(self.path, flags=flags, vfs=_default_vfs())
+        self._owned.add(connection)
         connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         connection.set_busy_timeout(0)
         connection.wal_autocheckpoint(0)
@@ -183,9 +197,30 @@ class SqlitePort:
                 _read_once(self._probe)
             return _read_main(self._probe, offset, length)
 
-    def holds_shared_lock(self) -> bool:
-        """Whether a connection of this port should be holding SQLite's shared lock right now."""
-        return self._probe is not None
+    def has_lost_locks(self) -> bool:
+        """Whether the kernel has forgotten the locks of this process on the database.
+
+        Another SQLite library that opens and closes the file in this process does that: POSIX locks
+        belong to the process, and closing any descriptor of the file drops them all.  Linux only;
+        False elsewhere.
+        """
+        with self._probe_lock:
+            if self._probe is None or not hasattr(fcntl, "F_OFD_GETLK"):
+                return False  # only an open connection in WAL mode is sure to hold one
+            if self._watch < 0:
+                # Closing it would do the very harm that it looks for: see `close`.
+                self._watch = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            query = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _SHARED_FIRST, _SHARED_SIZE, 0)
+            answer = fcntl.fcntl(self._watch, fcntl.F_OFD_GETLK, query)
+            return bool(_FLOCK.unpack(answer)[0] == fcntl.F_UNLCK)
+
+    def close_in_child(self) -> None:
+        """In a forked child: close what was inherited; none of it may checkpoint."""
+        self._probe_lock = threading.Lock()
+        self._shut = True
+        self._probe = None
+        for connection in list(self._owned):
+            connection.close(True)
 
     @contextmanager
     def read_view(self, observe: Callable[[int], None]) -> Iterator[ReadView | None]:
@@ -236,6 +271,13 @@ class SqlitePort:
             if self._probe is not None:
                 self._probe.close(True)
                 self._probe = None
+
+    def release(self) -> None:
+        """Close everything for good; the descriptor for locks only where that harms nobody."""
+        self.close()
+        if self._watch >= 0 and connections_to(self.path) == 0:
+            os.close(self._watch)
+            self._watch = -1
 
 
 def _default_vfs() -> str:

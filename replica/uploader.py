@@ -95,6 +95,7 @@ class Uploader:
         reconcile: run before the first segment is frozen, until it passes.
         sync_interval_s: least time between the starts of two uploads under load, seconds.
         give_up: called once with the reason why this database may not be shipped any more.
+        watch: called at each tick; raises a `ReplicaError` when nothing may be shipped any more.
     """
 
     def __init__(
@@ -107,8 +108,11 @@ class Uploader:
         reconcile: Reconcile,
         sync_interval_s: float,
         give_up: Callable[[ReplicaError], None] = lambda error: None,
+        watch: Callable[[], None] = lambda: None,
         rng: random.Random | None = None,
     ) -> None:
+        self._watch = watch
+        self._next_watch = float("-inf")
         self._name = name
         self._capture = capture
         self._store = store
@@ -278,6 +282,9 @@ class Uploader:
         self._collect_outcomes(now)
         if self._fatal is not None:
             return TICK_S
+        if now >= self._next_watch:
+            self._next_watch = now + TICK_S
+            self._watch_or_give_up()
         if self.dirty and self._dirty_since is None:
             self._dirty_since = now
         if now < self._retry_at:
@@ -297,6 +304,13 @@ class Uploader:
             self._merge_if_many()
             return min(TICK_S, due - now) if self._dirty_since is not None else TICK_S
         return self._take_and_send(now, ticket)
+
+    def _watch_or_give_up(self) -> None:
+        try:
+            self._watch()
+        except ReplicaError as error:
+            self._give_up(error)
+            raise
 
     def _take_and_send(self, now: float, ticket: int) -> float:
         self.dirty = False

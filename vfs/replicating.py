@@ -9,6 +9,7 @@ process to one path.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import sys
@@ -21,7 +22,7 @@ import apsw
 
 from walship.replica.clock import SystemClock
 from walship.replica.config import database_settings
-from walship.replica.engine import Engine
+from walship.replica.engine import Engine, restore_if_missing
 from walship.replica.errors import ConfigError, ReplicaError
 from walship.replica.settings import DatabaseSettings
 from walship.replica.sqlite import RefusedError, connections_to
@@ -52,6 +53,7 @@ class Registry:
         self._opening: Counter[str] = Counter()
         self._poisoned: set[str] = set()
         self._guarded = False
+        self._exiting = False
 
     # -- configuration ------------------------------------------------------------------------
 
@@ -107,6 +109,8 @@ class Registry:
                     return None
                 self._guard()
                 refuse_foreign_library(path)
+                if settings.restore == "if-missing":
+                    restore_if_missing(settings)
                 engine = Engine.open(settings, SystemClock())
                 self._refuse_shared_replica(engine)
                 self._engines[path] = engine
@@ -172,7 +176,7 @@ class Registry:
             if engine is None:
                 return
             self._files[path].discard(file)
-            if not self._is_unused(path, engine):
+            if self._exiting or not self._is_unused(path, engine):
                 return
         drained = engine.drain(engine.settings.shutdown_sync_timeout_s)
         with self._lock:
@@ -207,6 +211,11 @@ class Registry:
             )
 
     def _at_exit(self) -> None:
+        """Drain in this thread, close nothing of the application's.
+
+        Connections that are still open are destroyed with the interpreter: they may not checkpoint
+        then, for half of Python is gone by that time.  The WAL stays, and the next start goes on.
+        """
         clock = SystemClock()
         deadline = clock.monotonic() + _EXIT_DRAIN_S
         for engine in self.engines():
@@ -218,6 +227,11 @@ class Registry:
                     "shipped after the next open",
                     engine.name,
                 )
+        self._exiting = True
+        for connection in apsw.connections():
+            with contextlib.suppress(apsw.Error):
+                if connection.open_vfs == VFS_NAME:
+                    connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
 
     def _before_fork(self) -> None:
         self._lock.acquire()

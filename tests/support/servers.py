@@ -385,6 +385,7 @@ def seaweedfs(directory: Path | None = None) -> Iterator[S3Endpoint]:
                 f"-s3.config={root / 's3.json'}",
                 "-s3.port.iceberg=0",
                 "-s3.port.lance=0",
+                "-s3.autoCreateBucket=false",
                 *options,
             ],
             s3_port,

@@ -1,0 +1,506 @@
+"""The application under test, in a process of its own.
+
+    python worker.py JOB      (a JSON object, see `Worker` in harness.py)
+
+It prepares, prints one line of JSON, waits for a line on its standard input, does its task and
+prints the result as one line of JSON.  ``contestant`` decides how databases are opened: through
+walship, or by plain apsw (with Litestream in another process or without).
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import apsw
+from harness import WALSHIP, high_water_kb, percentile
+
+Job = dict[str, Any]
+
+#: Commits carry their number in this form, so that it can be found in the pages of a segment.
+MARK = b"bench-seq-%012d"
+PAYLOAD_BYTES = 120
+
+
+def open_database(job: Job, path: str | None = None, replica: Job | None = None) -> apsw.Connection:
+    """A connection as this contestant's application would make it."""
+    name = path or job["path"]
+    if job["contestant"] == WALSHIP:
+        import walship
+
+        replica = replica or job.get("replica")
+        db: apsw.Connection = walship.connect(name, replica=replica, **job.get("settings", {}))
+    elif job["contestant"] == "pass-through VFS":
+        db = apsw.Connection(name, vfs=_pass_through().vfs_name)
+        db.set_busy_timeout(5000)
+        db.pragma("journal_mode", "wal")
+    else:
+        db = apsw.Connection(name)
+        db.set_busy_timeout(5000)
+        db.pragma("journal_mode", "wal")
+    db.pragma("synchronous", job.get("synchronous", "NORMAL"))
+    if "autocheckpoint" in job:
+        db.wal_autocheckpoint(job["autocheckpoint"])
+    return db
+
+
+class _PassThrough(apsw.VFS):
+    """The least a VFS in Python can be: its main file does nothing but forward."""
+
+    vfs_name = "bench-pass-through"
+
+    def __init__(self) -> None:
+        super().__init__(self.vfs_name, "unix")
+
+    def xOpen(self, name: Any, flags: list[int]) -> apsw.VFSFile:
+        return _PassThroughFile("unix", name, flags)
+
+
+class _PassThroughFile(apsw.VFSFile):
+    def xFileControl(self, op: int, ptr: int) -> bool:
+        return super().xFileControl(op, ptr)  # type: ignore[no-any-return]
+
+
+_registered: list[_PassThrough] = []
+
+
+def _pass_through() -> _PassThrough:
+    if not _registered:
+        _registered.append(_PassThrough())
+    return _registered[0]
+
+
+def sync(job: Job, db: apsw.Connection, timeout: float = 300.0) -> None:
+    """Wait until the replica has everything, where this process is who replicates."""
+    if job["contestant"] == WALSHIP:
+        import walship
+
+        walship.replication(db).sync(timeout)
+
+
+def handshake(**facts: Any) -> None:
+    """Say that the preparation is done and wait for the start."""
+    print(json.dumps(facts), flush=True)
+    if not sys.stdin.readline():
+        sys.exit(3)  # whoever started this is gone
+
+
+# --- commits --------------------------------------------------------------------------------------
+
+
+def commits(job: Job) -> Job:
+    """Single-row commits as fast as they go, in one or several threads."""
+    db = open_database(job)
+    db.execute("create table t(id integer primary key, a integer, b blob)")
+    db.execute("begin")
+    for number in range(2000):
+        db.execute("insert into t(a, b) values(?, ?)", (number, os.urandom(PAYLOAD_BYTES)))
+    db.execute("commit")
+    sync(job, db)
+    handshake()
+    n_threads = job.get("threads", 1)
+    seconds = job["seconds"]
+    gc.collect()
+    with ThreadPoolExecutor(n_threads) as pool:
+        barrier = threading.Barrier(n_threads)
+
+        def one(_: int) -> list[float]:
+            own = db if n_threads == 1 else open_database(job)
+            barrier.wait()
+            found = _commit_for(own, seconds)
+            if own is not db:
+                own.close()
+            return found
+
+        started = time.perf_counter()
+        times = [value for part in pool.map(one, range(n_threads)) for value in part]
+        elapsed = time.perf_counter() - started
+    wal_bytes = os.stat(job["path"] + "-wal").st_size
+    sync(job, db)
+    peak_kb = high_water_kb()
+    times.sort()
+    db.close()
+    return {
+        "per_s": len(times) / elapsed,
+        "p50_us": percentile(times, 0.5) * 1e6,
+        "p99_us": percentile(times, 0.99) * 1e6,
+        "p999_us": percentile(times, 0.999) * 1e6,
+        "max_ms": times[-1] * 1e3,
+        "n": len(times),
+        "wal_mb": wal_bytes / 1e6,
+        "peak_mb": peak_kb / 1024,
+    }
+
+
+def _commit_for(db: apsw.Connection, seconds: float) -> list[float]:
+    execute = db.execute
+    clock = time.perf_counter
+    payload = os.urandom(PAYLOAD_BYTES)
+    times = []
+    number = 0
+    before = clock()
+    end = before + seconds
+    while before < end:
+        execute("insert into t(a, b) values(?, ?)", (number, payload))
+        after = clock()
+        times.append(after - before)
+        before = after
+        number += 1
+    return times
+
+
+# --- reads ----------------------------------------------------------------------------------------
+
+
+def reads(job: Job) -> Job:
+    """Point reads and a scan of a database that was made before."""
+    db = open_database(job)
+    rows = job["rows"]
+    sync(job, db)
+    handshake()
+    seconds = job["seconds"]
+    db.pragma("cache_size", -400_000)
+    for _ in db.execute("select * from t"):
+        pass
+    found: Job = {"own": _reads_for(db, rows, seconds)}
+    db.execute("begin")
+    found["one"] = _reads_for(db, rows, seconds)
+    db.execute("commit")
+    db.close()
+    db = open_database(job)
+    db.pragma("cache_size", -2000)
+    db.execute("begin")
+    found["small_cache"] = _reads_for(db, rows, seconds)
+    db.execute("commit")
+    db.close()
+    scans = []
+    end = time.perf_counter() + seconds
+    while not scans or time.perf_counter() < end:
+        db = open_database(job)
+        before = time.perf_counter()
+        db.execute("select sum(length(b)) from t").fetchall()
+        scans.append(time.perf_counter() - before)
+        db.close()
+    found["scan"] = len(scans) / sum(scans)
+    return found
+
+
+def _reads_for(db: apsw.Connection, rows: int, seconds: float) -> float:
+    rng = random.Random(1)
+    ids = [rng.randrange(1, rows + 1) for _ in range(20_000)]
+    execute = db.execute
+    clock = time.perf_counter
+    n = 0
+    started = clock()
+    end = started + seconds
+    while True:
+        for wanted in ids[n % 20_000 : n % 20_000 + 200]:
+            execute("select b from t where id = ?", (wanted,)).fetchall()
+        n += 200
+        if (now := clock()) >= end:
+            return n / (now - started)
+
+
+# --- lag ------------------------------------------------------------------------------------------
+
+
+def paced(job: Job) -> Job:
+    """Commits at a steady rate, each with its number; when each was done (CLOCK_MONOTONIC)."""
+    db = open_database(job)
+    db.execute("create table seq(id integer primary key, mark blob)")
+    db.execute("create table t(id integer primary key, a integer, b blob)")
+    db.execute("insert into seq values(1, ?)", (MARK % 0,))
+    sync(job, db)
+    handshake()
+    step = 1 / job["rate"]
+    payload = os.urandom(PAYLOAD_BYTES)
+    times = []
+    due = time.monotonic()
+    for number in range(1, job["commits"] + 1):
+        due += step
+        time.sleep(max(0.0, due - time.monotonic()))
+        db.execute("begin")
+        db.execute("insert into t(a, b) values(?, ?)", (number, payload))
+        db.execute("update seq set mark = ? where id = 1", (MARK % number,))
+        db.execute("commit")
+        times.append(time.monotonic())
+    sync(job, db)
+    print(json.dumps({"times": times}), flush=True)
+    sys.stdin.readline()  # whoever measures Litestream waits for its last object first
+    db.close()
+    return {"peak_mb": high_water_kb() / 1024}
+
+
+def single(job: Job) -> Job:
+    """One commit at a time into one of several databases that were idle before."""
+    databases = []
+    for path, replica in job["databases"].items():
+        db = open_database(job, path, replica)
+        db.execute("create table seq(id integer primary key, mark blob)")
+        db.execute("insert into seq values(1, ?)", (MARK % 0,))
+        sync(job, db)
+        databases.append(db)
+    handshake()
+    times: list[list[float]] = [[] for _ in databases]
+    rng = random.Random(job["seed"])
+    step = job["idle_s"] / len(databases)
+    due = time.monotonic() + job["idle_s"]
+    for number in range(1, job["commits"] + 1):
+        for index, db in enumerate(databases):
+            due += step
+            # Somewhere in the step, or the commits would always meet a poller at the same moment.
+            time.sleep(max(0.0, due - time.monotonic()) + rng.random() * step / 2)
+            db.execute("update seq set mark = ? where id = 1", (MARK % number,))
+            times[index].append(time.monotonic())
+    for db in databases:
+        sync(job, db)
+    print(json.dumps({"times": times}), flush=True)
+    sys.stdin.readline()
+    for db in databases:
+        db.close()
+    return {}
+
+
+def idle(job: Job) -> Job:
+    """A database with something in it, and then nothing happens."""
+    db = open_database(job)
+    db.execute("create table t(id integer primary key, b blob)")
+    db.execute("insert into t(b) values(?)", (os.urandom(PAYLOAD_BYTES),))
+    sync(job, db)
+    handshake()
+    sys.stdin.readline()
+    db.close()
+    return {}
+
+
+# --- bulk -----------------------------------------------------------------------------------------
+
+
+def filler(size: int, seed: int = 0) -> Callable[[], bytes]:
+    """Rows of ``size`` bytes of which about 69 % is noise: LZ4 leaves about that much of them."""
+    rng = random.Random(seed)
+    noise = rng.randbytes(1 << 20)
+    n_noise = int(size * 0.69)
+    text = (b"the quick brown fox jumps over the lazy dog " * (size // 40 + 1))[: size - n_noise]
+
+    def make() -> bytes:
+        at = rng.randrange(len(noise) - n_noise)
+        return rng.randbytes(16) + noise[at + 16 : at + n_noise] + text
+
+    return make
+
+
+def load(db: apsw.Connection, make: Callable[[], bytes], n_bytes: int, row_bytes: int) -> None:
+    """One transaction of about ``n_bytes``."""
+    db.execute("begin")
+    db.executemany(
+        "insert into t(b) values(?)", ((make(),) for _ in range(max(1, n_bytes // row_bytes)))
+    )
+    db.execute("commit")
+
+
+def bulk(job: Job) -> Job:
+    """Large transactions; the parent watches them arrive."""
+    db = open_database(job)
+    db.execute("create table t(id integer primary key, b blob)")
+    sync(job, db)
+    make = filler(3300)
+    handshake()
+    started = time.monotonic()
+    for size in job["transactions"]:
+        load(db, make, size, 3400)
+    committed = time.monotonic()
+    pages = db.pragma("page_count")
+    sync(job, db)
+    synced = time.monotonic()
+    facts = {
+        "started": started,
+        "committed": committed,
+        "synced": synced,
+        "pages": pages,
+        "page_size": db.pragma("page_size"),
+    }
+    print(json.dumps(facts), flush=True)
+    sys.stdin.readline()
+    db.close()
+    return {"peak_mb": high_water_kb() / 1024}
+
+
+# --- restore --------------------------------------------------------------------------------------
+
+
+def build(job: Job) -> Job:
+    """A replica: one large first segment, then many small ones."""
+    import walship
+
+    if not os.path.exists(job["path"]):
+        make_database(job["path"], job["bytes"])
+    db = open_database(job)
+    sync(job, db)
+    handshake()
+    (rows,) = db.execute("select max(id) from t").fetchone()
+    rng = random.Random(5)
+    for _ in range(job["segments"]):
+        db.execute("begin")
+        for _ in range(3):
+            db.execute(
+                "update t set b = ? where id = ?", (rng.randbytes(3200), rng.randrange(1, rows + 1))
+            )
+        db.execute("commit")
+        walship.replication(db).sync(60)
+    status = walship.replication(db).status()
+    db.close()
+    return {"txid": status.replicated_txid}
+
+
+def make_database(path: str, n_bytes: int, row_bytes: int = 3400) -> None:
+    """A plain database of about ``n_bytes``, without a WAL left."""
+    db = apsw.Connection(path)
+    db.pragma("journal_mode", "wal")
+    db.pragma("synchronous", "OFF")
+    db.execute("create table t(id integer primary key, b blob)")
+    make = filler(row_bytes - 100)
+    left = n_bytes
+    while left > 0:
+        load(db, make, min(left, 100_000_000), row_bytes)
+        left -= 100_000_000
+    db.close()
+
+
+def fetch(job: Job) -> Job:
+    """The floor under any restore: the large object by parallel ranged GETs, bytes dropped."""
+    import boto3
+    from botocore.config import Config
+
+    client = boto3.session.Session().client(
+        "s3",
+        endpoint_url=job["endpoint"],
+        config=Config(s3={"addressing_style": "path"}, max_pool_connections=16),
+    )
+    handshake()
+    size, part = job["size"], 8 << 20
+
+    def one(start: int) -> int:
+        end = min(size, start + part) - 1
+        answer = client.get_object(
+            Bucket=job["bucket"], Key=job["key"], Range=f"bytes={start}-{end}"
+        )
+        n = 0
+        while data := answer["Body"].read(1 << 20):
+            n += len(data)
+        return n
+
+    started = time.monotonic()
+    with ThreadPoolExecutor(8) as pool:
+        total = sum(pool.map(one, range(0, size, part)))
+    seconds = time.monotonic() - started
+    client.close()
+    assert total == size
+    return {"seconds": seconds}
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def transaction(job: Job) -> Job:
+    """One large transaction; peak memory of the process."""
+    db = open_database(job)
+    db.execute("create table t(id integer primary key, b blob)")
+    sync(job, db)
+    handshake()
+    started = time.monotonic()
+    load(db, filler(7900), job["bytes"], 8000)
+    committed = time.monotonic()
+    sync(job, db, 1200)
+    synced = time.monotonic()
+    db.close()
+    return {
+        "peak_mb": high_water_kb() / 1024,
+        "commit_s": committed - started,
+        "sync_s": synced - committed,
+    }
+
+
+# --- crash ----------------------------------------------------------------------------------------
+
+
+def crash(job: Job) -> Job:
+    """Write until killed; then, in another process, a little more and an orderly end."""
+    db = open_database(job)
+    db.execute("create table if not exists t(id integer primary key, a integer, b blob)")
+    rng = random.Random(job["seed"])
+    handshake()
+    end = job.get("commits")
+    number = 0
+    while end is None or number < end:
+        number += 1
+        _some_change(db, rng)
+        if end is not None:
+            time.sleep(0.002)
+    digest = content(db)
+    sync(job, db)
+    db.close()
+    return {"digest": digest}
+
+
+def _some_change(db: apsw.Connection, rng: random.Random) -> None:
+    (top,) = db.execute("select coalesce(max(id), 0) from t").fetchone()
+    db.execute("begin immediate")
+    for _ in range(rng.choice((1, 1, 1, 2, 5, 40))):
+        kind = rng.random()
+        if kind < 0.6 or top == 0:
+            db.execute(
+                "insert into t(a, b) values(?, ?)",
+                (rng.randrange(1 << 30), rng.randbytes(rng.choice((20, 200, 2000)))),
+            )
+        elif kind < 0.9:
+            db.execute(
+                "update t set a = a + 1, b = ? where id = ?",
+                (rng.randbytes(300), rng.randrange(1, top + 1)),
+            )
+        else:
+            db.execute("delete from t where id = ?", (rng.randrange(1, top + 1),))
+    db.execute("commit")
+
+
+def content(db: apsw.Connection) -> str:
+    """Digest of every row."""
+    digest = hashlib.sha256()
+    for row in db.execute("select id, a, b from t order by id"):
+        digest.update(repr(row).encode())
+    return digest.hexdigest()
+
+
+TASKS: dict[str, Callable[[Job], Job]] = {
+    task.__name__: task
+    for task in (
+        commits,
+        reads,
+        paced,
+        single,
+        idle,
+        bulk,
+        build,
+        fetch,
+        transaction,
+        crash,
+    )
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    job: Job = json.loads(arguments[0])
+    print(json.dumps(TASKS[job["task"]](job)), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
