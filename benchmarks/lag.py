@@ -170,7 +170,7 @@ def put_times_ms(setting: Setting, place: Place, way: Proxy, n: int = 50) -> lis
     return found
 
 
-# --- which object holds which commit ---------------------------------------------------------------
+# --- which object holds which commit --------------------------------------------------------------
 
 
 def wait_for(place: Place, way: Proxy, path: str, last: int) -> list[tuple[float, int]]:

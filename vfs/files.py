@@ -36,6 +36,11 @@ _LOCK_SHARED: Final = apsw.SQLITE_LOCK_SHARED
 _LOCK_EXCLUSIVE: Final = apsw.SQLITE_LOCK_EXCLUSIVE
 
 _FRAME_HEADER_SIZE: Final = 24
+#: Pragmas of which a replicated database takes one value only, and why.
+_ALLOWED_VALUES: Final = {
+    "journal_mode": ("wal", "only the WAL can be"),
+    "locking_mode": ("normal", "an exclusive lock would keep the uploader out"),
+}
 _NO_COMMIT: Final = b"\0\0\0\0"
 #: Bytes 18 and 19 of page 1 in WAL mode: file format versions for writing and reading.
 _WAL_MODE: Final = b"\2\2"
@@ -148,11 +153,9 @@ class MainFile(apsw.VFSFile):
             name, value = pragma.name, pragma.value
         except Exception:
             return
-        if name.lower() == "journal_mode" and value is not None and value.lower() != "wal":
-            reason = (
-                f"journal_mode={value} is refused: {self.engine.name} is replicated, and only the "
-                "WAL can be"
-            )
+        allowed = _ALLOWED_VALUES.get(name.lower())
+        if allowed is not None and value is not None and value.lower() != allowed[0]:
+            reason = f"{name}={value} is refused: {self.engine.name} is replicated, and {allowed[1]}"
             pragma.result = reason
             raise RefusedError(reason)
 

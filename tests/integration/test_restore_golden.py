@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from pathlib import Path
 
+import lz4.block
+import lz4.frame
 import pytest
 
 from support.replicas import GOLDEN, golden_copy, local_store, manifest, sha256
 from walship.replica.clock import SystemClock
 from walship.replica.errors import FormatError, NoBackupError
+from walship.replica.format.checksum import crc64
+from walship.replica.format.ltx import Header
 from walship.replica.restore import restore
 from walship.replica.store.local import LocalStore
 
@@ -121,20 +126,60 @@ def test_damaged_replicas(variant: str, tmp_path: Path) -> None:
         assert result.warnings == ()
 
 
+def raw_segment(page: bytes, index_size: int | None = None) -> bytes:
+    """A segment of one page, TXID 1, page size 512, with a right checksum over whatever it says."""
+    header = Header(
+        page_size=512, commit=1, min_txid=1, max_txid=1, timestamp_ms=1, wal_offset=32
+    ).pack()
+    block = lz4.block.compress(page, store_size=False)
+    frame = struct.pack(">IHI", 1, 1, len(block))
+    index = bytes([1, 100, len(frame) + len(block), 0])
+    size = struct.pack(">Q", len(index) if index_size is None else index_size)
+    ending = bytes(6) + index + size + bytes(8)
+    checksum = crc64(ending, crc64(page, crc64(header + frame))) | 1 << 63
+    return header + frame + block + ending + struct.pack(">Q", checksum)
+
+
+def test_lengths_are_checked_besides_the_checksum(tmp_path: Path) -> None:
+    """A page that is too short and a wrong index size are refused although the checksum fits."""
+    path = tmp_path / "replica" / "ltx" / "0" / "0000000000000001-0000000000000001.ltx"
+    path.parent.mkdir(parents=True)
+    store = local_store(tmp_path / "replica")
+    output = tmp_path / "out.db"
+    for content, expected in (
+        (raw_segment(bytes(511)), "511 bytes instead of 512"),
+        (raw_segment(bytes(512), index_size=5), "size of its page index"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(FormatError, match=expected):
+            restore(store, output, clock=SystemClock())
+    path.write_bytes(raw_segment(bytes(512)))
+    assert restore(store, output, clock=SystemClock()).commit == 1
+
+
 def test_damaged_old_layout_is_refused(tmp_path: Path) -> None:
     """A damaged, missing or cut WAL segment of Litestream 0.3's layout leaves no file."""
     root = golden_copy("f-v03-generations", tmp_path)
     wal = sorted(root.glob("generations/*/wal/*"))
     original = wal[2].read_bytes()
+    flipped = bytearray(original)
+    flipped[len(flipped) // 2] ^= 0x10
+    content = bytearray(lz4.frame.decompress(original))
+    content[-100] ^= 1
+    other_frame = lz4.frame.compress(bytes(content))
     output = tmp_path / "out" / "out.db"
-    damaged = bytearray(original)
-    damaged[len(damaged) // 2] ^= 0x10
-    for content in (bytes(damaged), original[:-8], b"", None):
-        if content is None:
+    for damaged, expected in (
+        (bytes(flipped), "cannot be decompressed"),
+        (original[:-8], "does not end where it ends"),
+        (b"", "does not end where it ends"),
+        (other_frame, "of its .* frames are valid"),
+        (None, "the WAL is missing from byte 61832"),
+    ):
+        if damaged is None:
             wal[2].unlink()
         else:
-            wal[2].write_bytes(content)
-        with pytest.raises(FormatError):
+            wal[2].write_bytes(damaged)
+        with pytest.raises(FormatError, match=expected):
             restore(local_store(root), output, clock=SystemClock())
         assert list(output.parent.iterdir()) == []
 

@@ -36,7 +36,7 @@ from walship.replica.errors import (
     StoreUnavailable,
 )
 from walship.replica.restore import IntegrityError, OutputExistsError, RestoreResult, restore
-from walship.replica.store.base import ObjectInfo, ObjectStore
+from walship.replica.store.base import ObjectInfo
 from walship.replica.store.local import LocalStore
 
 CLOCK = SystemClock()
@@ -77,19 +77,19 @@ def snapshot_of(directory: Path) -> dict[str, tuple[bytes, int]]:
     }
 
 
-def corrupt_replica(directory: Path) -> ObjectStore:
+def corrupt_replica(directory: Path) -> LocalStore:
     return local_store(GOLDEN / "x-corrupt" / "01-bitflip-page-data" / "replica")
 
 
-def empty_replica(directory: Path) -> ObjectStore:
+def empty_replica(directory: Path) -> LocalStore:
     return local_store(directory / "nothing-here")
 
 
-def unreachable_replica(directory: Path) -> ObjectStore:
+def unreachable_replica(directory: Path) -> LocalStore:
     return BrokenStore(GOLDEN / "b-512" / "replica", CLOCK)
 
 
-def unsound_replica(directory: Path) -> ObjectStore:
+def unsound_replica(directory: Path) -> LocalStore:
     """Valid segments of a database that is not one."""
     write_pages(directory / "unsound", 0, 1, 1, 4, range(1, 5))
     return local_store(directory / "unsound")
@@ -370,7 +370,7 @@ def test_object_that_retention_removed_meanwhile(tmp_path: Path) -> None:
             return super().get(key, start, length)
 
     output = tmp_path / "out.db"
-    assert restore(Retention(root, CLOCK), output, clock=CLOCK).txid == 2
+    assert restore(Retention(root, CLOCK), output, clock=CLOCK, parallelism=1).txid == 2
     assert output.read_bytes() == b"".join(make_page(pgno, 2, 512) for pgno in pages)
 
 
@@ -379,13 +379,17 @@ def test_object_that_is_listed_but_never_there(tmp_path: Path) -> None:
     root = tmp_path / "replica"
     write_pages(root, 0, 1, 1, 3, range(1, 4))
 
+    reads: list[str] = []
+
     class Ghost(LocalStore):
         def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
+            reads.append(key)
             raise ObjectNotFound(f"no object {key}")
 
     with pytest.raises(RestoreError, match="listed but cannot be read"):
         restore(Ghost(root, CLOCK), tmp_path / "out" / "out.db", clock=CLOCK)
     assert list((tmp_path / "out").iterdir()) == []
+    assert len(reads) == 1, "the same plan is not tried again"
 
 
 def test_segment_shorter_than_listed(tmp_path: Path) -> None:
