@@ -6,6 +6,7 @@ contestant with them switched off, as its guide recommends for busy databases; i
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from harness import (
@@ -34,16 +35,16 @@ def run(setting: Setting) -> list[Row]:
         names = list(CONTESTANTS)
         if synchronous == "NORMAL":
             names.append(WITHOUT_CHECKPOINTS)
-        results = interleave(setting, names, lambda name, s=synchronous: _once(setting, name, s))
+        results = interleave(setting, names, partial(_once, setting, synchronous))
         rows += _rows(results, f"synchronous={synchronous}", limit)
-    threads = interleave(setting, CONTESTANTS, lambda name: _once(setting, name, "NORMAL", 4))
+    threads = interleave(setting, CONTESTANTS, partial(_once, setting, "NORMAL", threads=4))
     return rows + _rows(threads, "synchronous=NORMAL, 4 threads", None)
 
 
-def _once(setting: Setting, name: str, synchronous: str, threads: int = 1) -> dict[str, Any]:
+def _once(setting: Setting, synchronous: str, name: str, *, threads: int = 1) -> dict[str, Any]:
     job: dict[str, Any] = {
         "task": "commits",
-        "seconds": setting.pick(2.0, 0.6),
+        "seconds": setting.pick(2.5, 0.6),
         "synchronous": synchronous,
         "threads": threads,
     }

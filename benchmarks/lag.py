@@ -12,6 +12,7 @@ import contextlib
 import re
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from harness import (
@@ -55,7 +56,7 @@ def run(setting: Setting) -> list[Row]:
         results = interleave(
             setting,
             _BOTH,
-            lambda name, i=interval, d=delay_ms, s=seconds: _steady(setting, name, i, d, s),
+            partial(_steady, setting, interval, delay_ms, seconds),
         )
         for key, what, limit in (("p50", "p50", p50), ("p99", "p99", p99)):
             samples = {name: sample(found, key) for name, found in results.items()}
@@ -66,7 +67,7 @@ def run(setting: Setting) -> list[Row]:
 
 
 def _steady(
-    setting: Setting, name: str, interval: str, delay_ms: float, seconds: float
+    setting: Setting, interval: str, delay_ms: float, seconds: float, name: str
 ) -> dict[str, Any]:
     with setting.place() as place, contextlib.ExitStack() as stack:
         way = stack.enter_context(

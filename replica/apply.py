@@ -73,6 +73,8 @@ _PAGES_END: Final = bytes(6)
 # but an encoder may cut a page into several blocks.
 _FRAME_OVERHEAD: Final = 1024
 _FRAME_HAS_SIZE: Final = 0x08
+# A page takes at least a frame header, a byte and three bytes in the index.
+_PAGE_BYTES_MIN: Final = _FRAME_HEADER.size + 1 + 3
 # Behind the last page: its end mark, an index that is at least its own end, index size, trailer.
 _SIZE_MIN: Final = HEADER_SIZE + len(_PAGES_END) + 1 + 8 + TRAILER_SIZE
 
@@ -176,7 +178,7 @@ def apply_segments(
         OSError: the file could not be written.
     """
     fetcher.bytes_expected += sum(segment.size_bytes for segment in segments)
-    return _Apply(fetcher, fd, verify_full, on_written).run(segments)
+    return _Apply(fetcher, segments, fd, verify_full, on_written).run()
 
 
 class _Apply:
@@ -185,18 +187,20 @@ class _Apply:
     def __init__(
         self,
         fetcher: Fetcher,
+        segments: Sequence[SegmentInfo],
         fd: int,
         verify_full: bool,
         on_written: Callable[[int], object] | None,
     ) -> None:
         self._fetcher = fetcher
+        self._segments = segments
         self._fd = fd
         self._verify_full = verify_full
         self._on_written = on_written
         self._pages: _Pages | None = None
 
-    def run(self, segments: Sequence[SegmentInfo]) -> Applied:
-        upcoming = iter(reversed(segments))
+    def run(self) -> Applied:
+        upcoming = iter(reversed(self._segments))
         ahead: deque[tuple[SegmentInfo, Future[bytes] | None]] = deque()
         ahead_bytes = 0
         while True:
@@ -244,6 +248,12 @@ class _Apply:
                 f" {format_txid(header.max_txid)}, not for those of its name"
             )
         if self._pages is None:
+            # The file checksum comes last, so a damaged size must not be believed until then.
+            pages_max = sum(each.size_bytes for each in self._segments) // _PAGE_BYTES_MIN + 1
+            if header.commit > pages_max:
+                raise FormatError(
+                    f"its header claims {header.commit} pages, the replica can hold {pages_max}"
+                )
             self._pages = _Pages(self._fd, header.page_size, header.commit, self._on_written)
         elif self._pages.page_size != header.page_size:
             raise FormatError(

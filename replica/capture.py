@@ -279,6 +279,7 @@ class Capture:
         if batch is None:
             self._spool.record(after)
             return
+        self._add_unwritten(batch, state.commit, page_size)
         after = replace(after, commit=batch.commit)
         self._wal.sync()
         self._seal_piece(batch, after, page_size, read_main)

@@ -437,6 +437,9 @@ class Spool:
 
     def read(self, sealed: Sealed) -> bytes | Path:
         """The LTX bytes of a piece or segment: in memory, or the path of its file."""
+        if sealed.txid:
+            # The journal may have been rewritten since the caller got to know where the bytes lie.
+            sealed = next((s for s in self._state.segments if s.txid == sealed.txid), sealed)
         if sealed.file is not None:
             return self.directory / sealed.file
         journal = self._open_journal()

@@ -168,26 +168,12 @@ class SqlitePort:
         with self._probe_lock:
             if self._shut:
                 return None
-            for _ in range(_PROBE_ATTEMPTS):
-                try:
-                    if self._probe is None:
-                        probe = self._open()
-                        self._probe = probe
-                    mx_frame, n_backfill = self._probe.wal_checkpoint(
-                        mode=apsw.SQLITE_CHECKPOINT_NOOP
-                    )
-                    if mx_frame < 0:
-                        # Not opened yet, torn, or not in WAL mode: reading tells which.
-                        _read_once(self._probe)
-                        if self._probe.pragma("journal_mode") != "wal":
-                            return None
-                        continue
-                    return Published(mx_frame, n_backfill)
-                except (apsw.BusyError, apsw.LockedError, apsw.ProtocolError):
-                    continue
-                except (apsw.CantOpenError, apsw.NotADBError, apsw.IOError):
-                    return None
-            return None
+            try:
+                if self._probe is None:
+                    self._probe = self._open()
+                return _ask(self._probe)
+            except (apsw.CantOpenError, apsw.BusyError):
+                return None
 
     def read_main(self, offset: int, length: int) -> bytes:
         """Bytes of the main file as they are now, through SQLite's own descriptor; any thread."""
@@ -243,7 +229,7 @@ class SqlitePort:
             reader.close(True)
 
     def _mark(self, reader: apsw.Connection, observe: Callable[[int], None]) -> ReadView | None:
-        locker = self._open()
+        locker, asker = self._open(), self._open()
         try:
             try:
                 if reader.pragma("journal_mode") != "wal":
@@ -251,7 +237,7 @@ class SqlitePort:
                 locker.execute("BEGIN IMMEDIATE")
                 reader.execute("BEGIN")
                 _read_once(reader)
-                published = self.published()
+                published = _ask(asker)
                 if published is not None:
                     observe(published.mx_frame)
                 locker.execute("ROLLBACK")
@@ -263,6 +249,7 @@ class SqlitePort:
             return ReadView(reader, published.mx_frame, main_only)
         finally:
             locker.close(True)
+            asker.close(True)
 
     def close(self) -> None:
         """Close the connections; nothing is checkpointed.  Safe to call twice, any thread."""
@@ -282,6 +269,24 @@ class SqlitePort:
 
 def _default_vfs() -> str:
     return "unix"
+
+
+def _ask(connection: apsw.Connection) -> Published | None:
+    """The wal-index by a NOOP checkpoint; None without WAL mode, or if it cannot be had."""
+    for _ in range(_PROBE_ATTEMPTS):
+        try:
+            mx_frame, n_backfill = connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
+            if mx_frame >= 0:
+                return Published(mx_frame, n_backfill)
+            # Not opened yet, torn, or not in WAL mode: reading tells which.
+            _read_once(connection)
+            if connection.pragma("journal_mode") != "wal":
+                return None
+        except (apsw.BusyError, apsw.LockedError, apsw.ProtocolError):
+            continue
+        except (apsw.CantOpenError, apsw.NotADBError, apsw.IOError):
+            return None
+    return None
 
 
 def _read_once(connection: apsw.Connection) -> None:

@@ -258,7 +258,7 @@ def normalize_endpoint(endpoint: str) -> str:
     Raises:
         ConfigError: not the address of a server.
     """
-    text = endpoint.strip().rstrip("/")
+    text = endpoint.strip()
     if not is_url(text):
         try:
             host = urlsplit(f"//{text}").hostname or ""
@@ -274,7 +274,7 @@ def normalize_endpoint(endpoint: str) -> str:
         raise ConfigError(f"endpoint: not the address of a server: {_shown(endpoint)!r}")
     if parts.username is not None or parts.query or parts.fragment:
         raise ConfigError("endpoint: only scheme, host, port and path are expected")
-    return text
+    return text.rstrip("/")
 
 
 def is_private_host(host: str) -> bool:

@@ -123,7 +123,7 @@ def test_only_one_name_is_claimed(site: Path) -> None:
 
 
 def test_import_is_light(site: Path) -> None:
-    """``import walship`` comes from the wheel and loads neither the AWS SDK nor the command line."""
+    """``import walship`` comes from the wheel and loads neither the AWS SDK nor the CLI."""
     found = run_from(
         site,
         "import json, walship\n"

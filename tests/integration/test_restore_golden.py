@@ -136,8 +136,8 @@ def raw_segment(page: bytes, index_size: int | None = None) -> bytes:
     index = bytes([1, 100, len(frame) + len(block), 0])
     size = struct.pack(">Q", len(index) if index_size is None else index_size)
     ending = bytes(6) + index + size + bytes(8)
-    checksum = crc64(ending, crc64(page, crc64(header + frame))) | 1 << 63
-    return header + frame + block + ending + struct.pack(">Q", checksum)
+    checksum: int = crc64(ending, crc64(page, crc64(header + frame))) | 1 << 63
+    return b"".join([header, frame, block, ending, struct.pack(">Q", checksum)])
 
 
 def test_lengths_are_checked_besides_the_checksum(tmp_path: Path) -> None:

@@ -96,17 +96,15 @@ def compare(
     config = directory / "litestream.yml"
     name = directory / "app.db"
     config.write_text(f"dbs:\n  - path: {name}\n    replica:\n      url: {url}\n")
-    targets: list[tuple[list[str], dict[str, int]]] = [([], {})]
+    targets: list[tuple[list[str], int | None, int | None]] = [([], None, None)]
     txids = sorted({segment.max_txid for segment in list_replica(store)})
     assert len(txids) >= 10
-    targets += [(["-txid", f"{txid:016x}"], {"txid": txid}) for txid in txids]
-    targets += [
-        (["-timestamp", format_time(moment)], {"timestamp_ms": moment}) for moment in moments
-    ]
-    for number, (flags, keywords) in enumerate(targets):
+    targets += [(["-txid", f"{txid:016x}"], txid, None) for txid in txids]
+    targets += [(["-timestamp", format_time(moment)], None, moment) for moment in moments]
+    for number, (flags, txid, moment) in enumerate(targets):
         theirs, ours = directory / f"theirs-{number}.db", directory / f"ours-{number}.db"
         run("restore", *flags, "-config", config, "-o", theirs, name, environ=environ)
-        restore(store, ours, clock=CLOCK, integrity_check="full", **keywords)
+        restore(store, ours, clock=CLOCK, txid=txid, timestamp_ms=moment, integrity_check="full")
         assert sha256(ours) == sha256(theirs), flags
 
 

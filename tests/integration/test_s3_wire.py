@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import random
 import re
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,6 +136,8 @@ def test_other_endpoints(endpoint: RecordingEndpoint) -> None:
         assert request.headers["x-amz-content-sha256"] == hashlib.sha256(request.body).hexdigest()
         assert "aws-chunked" not in request.headers.get("content-encoding", "")
         assert "x-amz-trailer" not in request.headers
+        if request.method == "PUT":  # older stores know no checksum headers
+            assert not [name for name in request.headers if "checksum" in name]
         assert "expect" not in request.headers
         assert request.headers["user-agent"].startswith("walship")
     delete = next(r for r in endpoint.requests if "delete" in r.query)
@@ -540,6 +543,65 @@ def test_a_bare_bucket_is_not_guessed(endpoint: RecordingEndpoint) -> None:
             store.get("0000/a")
         endpoint.answer = None
         assert store.get("0000/a") == b"1"
+
+
+def test_a_bare_bucket_that_is_missing(endpoint: RecordingEndpoint) -> None:
+    """A refusal of the plain form is an error, not an empty replica."""
+    endpoint.answer = lambda request: error_answer(404, "NoSuchBucket")
+    with (
+        opened(f"s3://b?endpoint={endpoint.url}") as store,
+        pytest.raises(StoreError, match="does not exist"),
+    ):
+        list(store.list("0000/"))
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with a key and a certificate of its own for localhost."""
+    file = tmp_path_factory.mktemp("tls") / "both.pem"
+    key = file.with_name("key.pem")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+        + ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+        + ["-keyout", str(key), "-out", str(file)],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    file.write_bytes(file.read_bytes() + key.read_bytes())
+    return file
+
+
+def test_certificates(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A certificate nobody knows is refused with advice, trusted with ca-bundle, or not checked
+    with skip-verify; payloads are signed over TLS too."""
+    monkeypatch.delenv("AWS_CA_BUNDLE", raising=False)
+    with recording_endpoint(certificate) as endpoint:
+        url = f"s3://b/p?endpoint=https://localhost:{endpoint.port}"
+        with opened(url) as store, pytest.raises(StoreError, match="AWS_CA_BUNDLE") as caught:
+            store.put("0000/a", b"x")
+        assert not caught.value.retryable
+        assert not endpoint.requests
+        with opened(url, {**KEYS, "AWS_CA_BUNDLE": str(certificate)}) as store:
+            store.put("0000/a", b"x")
+        with opened(f"{url}&skip-verify=true") as store:
+            store.put("0000/b", b"x")
+        assert sorted(endpoint.objects) == ["b/p/0000/a", "b/p/0000/b"]
+        for request in endpoint.requests:
+            expected = hashlib.sha256(request.body).hexdigest()
+            assert request.headers["x-amz-content-sha256"] == expected
+            assert "aws-chunked" not in request.headers.get("content-encoding", "")
+
+
+def test_connections_are_kept_and_limited(endpoint: RecordingEndpoint) -> None:
+    """Connections are used again; more than max-connections are not kept."""
+    with opened(f"s3://b/p?endpoint={endpoint.url}&max-connections=3") as store:
+        for _ in range(5):
+            store.put("0000/a", b"x")
+        assert endpoint.connections == 1
+        assert isinstance(store, s3.S3Store)
+        assert store._client.meta.config.max_pool_connections == 3
+        assert store._client.meta.config.connect_timeout == 5.0
 
 
 def test_own_lost_answer_through_the_retrying_store(endpoint: RecordingEndpoint) -> None:

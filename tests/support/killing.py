@@ -58,6 +58,9 @@ def run_writer(
     ballast_bytes: int = 0,
     steps: int = 40,
     noise: int = 0,
+    tour: bool = False,
+    put_delay_s: float = 0.0,
+    rewrite_bytes: int | None = None,
     point: str | None = None,
     hit: int = 1,
     kill_after_s: float | None = None,
@@ -73,6 +76,9 @@ def run_writer(
         seed, ballast_bytes: of the `History`.
         steps: transactions to commit, at most.
         noise: seed of checkpoints, reopens, syncs and readers in between; 0 for none.
+        tour: every few transactions sync, restart, truncate and delete the WAL, in turn.
+        put_delay_s: longest time a PUT takes, seconds, half of it after its effect.
+        rewrite_bytes: dead bytes after which the spool's journal is rewritten, if not as always.
         point: name of a point in `POINTS` to die at, or None.
         hit: how many times the point is passed first, plus one.
         kill_after_s: SIGKILL by the parent this long after the first commit.
@@ -87,6 +93,9 @@ def run_writer(
         "ballast_bytes": ballast_bytes,
         "steps": steps,
         "noise": noise,
+        "tour": tour,
+        "put_delay_s": put_delay_s,
+        "rewrite_bytes": rewrite_bytes,
         "point": point,
         "hit": hit,
         "sync_at_end": sync_at_end,
@@ -315,71 +324,128 @@ def _say(word: str, value: object = "") -> None:
     os.write(1, f"{word} {value}\n".encode())
 
 
-def _main(job: dict[str, Any]) -> None:
-    import apsw
+class _Child:
+    """The program of the child process."""
 
-    import walship
-    from support.history import History
+    def __init__(self, job: dict[str, Any]) -> None:
+        from support.history import History
 
-    history = History(job["seed"], job["ballast_bytes"])
-    if job["point"] is not None:
-        arm(POINTS[job["point"]], job["hit"])
-    settings = dict(job["settings"])
-    replica = {"path": job["replica"], "sync_interval": settings.pop("sync_interval", 0.005)}
+        self.job = job
+        self.history = History(job["seed"], job["ballast_bytes"])
+        self.rng = random.Random(job["noise"])
+        self.settings = dict(job["settings"])
+        self.autocheckpoint = self.settings.pop("autocheckpoint", 60)
+        interval = self.settings.pop("sync_interval", 0.005)
+        self.replica = {"path": job["replica"], "sync_interval": interval}
+        self.readers: list[Any] = []
+        self.n = 0
 
-    def connect() -> Any:
-        connection = walship.connect(job["database"], replica, **settings)
-        connection.wal_autocheckpoint(settings_autocheckpoint)
+    def run(self) -> None:
+        self.connection = self.connect()
+        self.n = self.history.length(self.connection)
+        _say("opened", self.n)
+        for step in range(self.job["steps"]):
+            self.history.apply(self.connection, self.n)
+            self.n += 1
+            _say("commit", self.n)
+            if self.job["noise"]:
+                self.make_noise(self.rng.random())
+            if self.job["tour"]:
+                self.travel(step)
+        if self.job["sync_at_end"]:
+            self.sync()
+        if self.job["close_at_end"]:
+            self.close_readers()
+            self.connection.close(True)
+        _say("end")
+        if not self.job["close_at_end"]:
+            _die()
+
+    def connect(self) -> Any:
+        import walship
+
+        connection = walship.connect(self.job["database"], self.replica, **self.settings)
+        connection.wal_autocheckpoint(self.autocheckpoint)
         return connection
 
-    settings_autocheckpoint = settings.pop("autocheckpoint", 60)
-    connection = connect()
-    others: list[Any] = []
-    n = history.length(connection)
-    _say("opened", n)
-    rng = random.Random(job["noise"])
-    for _ in range(job["steps"]):
-        history.apply(connection, n)
-        n += 1
-        _say("commit", n)
-        if not job["noise"]:
-            continue
-        chance = rng.random()
+    def sync(self) -> None:
+        import walship
+
+        walship.replication(self.connection).sync(30)
+        _say("synced", self.n)
+
+    def checkpoint(self, mode: str) -> None:
+        self.connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
+
+    def reopen(self) -> None:
+        self.close_readers()
+        self.connection.close(True)
+        self.connection = self.connect()
+
+    def close_readers(self) -> None:
+        while self.readers:
+            self.readers.pop().close(True)
+
+    def travel(self, step: int) -> None:
+        stop = step % 14
+        if stop == 1:
+            self.checkpoint("PASSIVE")
+        elif stop == 3:
+            self.sync()
+            self.checkpoint("RESTART")
+        elif stop == 7:
+            self.checkpoint("TRUNCATE")
+        elif stop == 10:
+            self.reopen()
+        elif stop == 12:
+            self.checkpoint("FULL")
+
+    def make_noise(self, chance: float) -> None:
         if chance < 0.10:
-            mode = rng.choice(("PASSIVE", "FULL", "RESTART", "TRUNCATE"))
-            connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
+            self.checkpoint(self.rng.choice(("PASSIVE", "FULL", "RESTART", "TRUNCATE")))
         elif chance < 0.14:
-            for other in others:
-                other.close(True)
-            others.clear()
-            connection.close(True)
-            connection = connect()
+            self.reopen()
         elif chance < 0.20:
-            others.append(connect())
-            others[-1].execute("BEGIN")
-            others[-1].execute("SELECT count(*) FROM cells").fetchall()
-        elif chance < 0.27 and others:
-            others.pop().close(True)
+            self.readers.append(self.connect())
+            self.readers[-1].execute("BEGIN")
+            self.readers[-1].execute("SELECT count(*) FROM cells").fetchall()
+        elif chance < 0.27:
+            if self.readers:
+                self.readers.pop().close(True)
         elif chance < 0.32:
-            walship.replication(connection).sync(30)
-            _say("synced", n)
+            self.sync()
         elif chance < 0.40:
-            time.sleep(rng.random() * 0.02)
+            time.sleep(self.rng.random() * 0.02)
         elif chance < 0.43:
-            connection.execute("BEGIN IMMEDIATE")
-            connection.execute("UPDATE cells SET pad = randomblob(3000)")
-            connection.execute("ROLLBACK")
-    if job["sync_at_end"]:
-        walship.replication(connection).sync(30)
-        _say("synced", n)
-    if job["close_at_end"]:
-        for other in others:
-            other.close(True)
-        connection.close(True)
-        assert not apsw.connections()
-    _say("end")
-    if not job["close_at_end"]:
-        _die()
+            self.connection.execute("BEGIN IMMEDIATE")
+            self.connection.execute("UPDATE cells SET pad = randomblob(3000)")
+            self.connection.execute("ROLLBACK")
+
+
+def _slow_puts(longest_s: float, seed: int) -> None:
+    """Make every PUT of a directory replica take its time, before and after the effect."""
+    from walship.replica.store.local import LocalStore
+
+    rng = random.Random(seed)
+    put = LocalStore.put
+
+    def slow(*args: Any, **keywords: Any) -> Any:
+        time.sleep(rng.random() * longest_s / 2)
+        result = put(*args, **keywords)
+        time.sleep(rng.random() * longest_s / 2)
+        return result
+
+    LocalStore.put = slow  # type: ignore[method-assign]
+
+
+def _main(job: dict[str, Any]) -> None:
+    if job["put_delay_s"]:
+        _slow_puts(job["put_delay_s"], job["noise"])
+    if job["rewrite_bytes"] is not None:
+        _resolve("walship.replica.spool")._REWRITE_BYTES = job["rewrite_bytes"]
+    if job["point"] is not None:
+        arm(POINTS[job["point"]], job["hit"])
+    _Child(job).run()
 
 
 def _parse() -> dict[str, Any]:

@@ -12,9 +12,11 @@ import hashlib
 import http.server
 import re
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -72,9 +74,14 @@ class RecordingEndpoint:
         requests: everything received, in order.
         objects: content and metadata headers by ``bucket/key``.
         answer: if set, asked first; None from it means: answer as usual.
+        connections: how many were made.
+
+    Args:
+        certificate: file with a certificate and its key, to speak TLS.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, certificate: Path | None = None) -> None:
+        self.connections = 0
         self.requests: list[Request] = []
         self.objects: dict[str, tuple[bytes, dict[str, str]]] = {}
         self.uploads: dict[str, dict[int, bytes]] = {}
@@ -84,6 +91,11 @@ class RecordingEndpoint:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+
+            def setup(self) -> None:
+                super().setup()
+                with endpoint._lock:
+                    endpoint.connections += 1
 
             def _serve(self) -> None:
                 length = int(self.headers.get("Content-Length", 0))
@@ -125,6 +137,10 @@ class RecordingEndpoint:
                 pass  # a client that goes away is no news here
 
         self._server = Server(("127.0.0.1", 0), Handler)
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self.port = int(self._server.server_address[1])
         self.url = f"http://127.0.0.1:{self.port}"
 
@@ -205,9 +221,9 @@ class RecordingEndpoint:
 
 
 @contextlib.contextmanager
-def recording_endpoint() -> Iterator[RecordingEndpoint]:
-    """Run a recording endpoint until the block ends."""
-    endpoint = RecordingEndpoint()
+def recording_endpoint(certificate: Path | None = None) -> Iterator[RecordingEndpoint]:
+    """Run a recording endpoint until the block ends, with TLS if there is a certificate."""
+    endpoint = RecordingEndpoint(certificate)
     thread = threading.Thread(target=endpoint._server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:

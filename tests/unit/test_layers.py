@@ -85,7 +85,9 @@ def test_layers_hold(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("contract", "file", "line"), VIOLATIONS, ids=[f"{file}: {line}" for _, file, line in VIOLATIONS]
+    ("contract", "file", "line"),
+    VIOLATIONS,
+    ids=[f"{file}: {line}" for _, file, line in VIOLATIONS],
 )
 def test_violation_is_noticed(contract: str, file: str, line: str, tmp_path: Path) -> None:
     """An import against a rule breaks that rule."""
@@ -112,7 +114,7 @@ def test_violation_is_noticed(contract: str, file: str, line: str, tmp_path: Pat
     ],
 )
 def test_banned_names_are_noticed(file: str, line: str, tmp_path: Path) -> None:
-    """Clock, randomness, threads, the environment and parent-relative imports are ruff's to find."""
+    """Clock, randomness, threads, environment and parent-relative imports are ruff's to find."""
     program = Path(sys.executable).parent / "ruff"
     if not program.exists():
         pytest.skip("ruff is not installed")

@@ -1,0 +1,99 @@
+"""Restore of a large replica: one segment of about 1 GB and 500 small ones.
+
+Both restore the same replica, written by walship, from the same server; the floor is how long the
+large object's bytes take by parallel ranged GETs when nothing is done with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import filecmp
+from typing import Any
+
+from harness import (
+    LITESTREAM,
+    WALSHIP,
+    BenchmarkError,
+    Place,
+    Row,
+    Setting,
+    Worker,
+    at_most,
+    environment,
+    interleave,
+    peak_memory,
+    sample,
+)
+
+from crash import restore_command
+
+FLOOR = "parallel GETs"
+
+
+def run(setting: Setting) -> list[Row]:
+    n_bytes = int(setting.pick(1450, 100)) * 1_000_000
+    segments = int(setting.pick(500, 100))
+    with setting.place() as place:
+        _build(setting, place, n_bytes, segments)
+        sizes = place.endpoint.keys(place.bucket, "db/0000/")
+        largest = max(sizes, key=lambda key: sizes[key])
+        results = interleave(
+            setting,
+            [FLOOR, LITESTREAM, WALSHIP],
+            lambda name: _once(setting, place, name, largest, sizes[largest]),
+        )
+        how = (
+            f"{n_bytes / 1e9:.2f} GB (one object of {sizes[largest] / 1e9:.2f} GB and "
+            f"{len(sizes) - 1} small ones)"
+        )
+    seconds = {name: sample(found, "seconds") for name, found in results.items()}
+    peaks = {name: sample(found, "peak_mb") for name, found in results.items()}
+    peaks.pop(FLOOR)
+    return [
+        Row("restore", f"restore of {how}, s", seconds, at_most(5)),
+        Row("restore", "peak memory of that restore, MB", peaks, at_most(200)),
+    ]
+
+
+def _build(setting: Setting, place: Place, n_bytes: int, segments: int) -> None:
+    job = {
+        "task": "build",
+        "contestant": WALSHIP,
+        "directory": str(place.directory),
+        "path": str(place.database),
+        "replica": place.replica(**{"sync-interval": "10ms"}),
+        "bytes": n_bytes,
+        "segments": segments,
+    }
+    with Worker(job, setting) as worker:
+        worker.wait_ready()
+        worker.go()
+        worker.result()
+
+
+def _once(setting: Setting, place: Place, name: str, largest: str, size: int) -> dict[str, Any]:
+    if name == FLOOR:
+        job = {
+            "task": "fetch",
+            "contestant": FLOOR,
+            "directory": str(place.directory),
+            "endpoint": place.endpoint.url,
+            "bucket": place.bucket,
+            "key": largest,
+            "size": size,
+        }
+        with Worker(job, setting) as worker:
+            worker.wait_ready()
+            worker.go()
+            return worker.result()
+    output = place.directory / "restored.db"
+    output.unlink(missing_ok=True)
+    found = peak_memory(restore_command(name, place.url(), output), environment(place.endpoint))
+    reference = place.directory / "first.db"
+    if not reference.exists():
+        output.rename(reference)
+    elif not filecmp.cmp(output, reference, shallow=False):
+        raise BenchmarkError(f"{name} restored other bytes than the restore before")
+    with contextlib.suppress(FileNotFoundError):
+        output.unlink()
+    return found

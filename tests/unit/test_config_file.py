@@ -1,0 +1,359 @@
+"""Configuration files in Litestream's format."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from walship.replica.config import DatabaseSettings, LoggingSettings, Settings, load_config
+from walship.replica.errors import ConfigError
+from walship.replica.store.settings import LocalSettings, S3Settings
+
+Load = Callable[..., Settings]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """Loads a text as configuration file."""
+
+    def from_text(text: str, environ: dict[str, str] | None = None, **more: bool) -> Settings:
+        file = tmp_path / "walship.yml"
+        file.write_text(text, encoding="utf-8")
+        return load_config(file, environ=environ or {}, **more)
+
+    return from_text
+
+
+def store_of(database: DatabaseSettings) -> S3Settings:
+    """The database's S3 settings."""
+    assert database.replica is not None
+    assert isinstance(database.replica.store, S3Settings)
+    return database.replica.store
+
+
+GUIDE_URL = """
+access-key-id: tid_x
+secret-access-key: tsec_y
+
+dbs:
+  - path: /path/to/local/db
+    replica:
+      url: s3://BUCKETNAME?endpoint=fly.storage.tigris.dev&region=auto
+"""
+
+GUIDE_FIELDS = """
+dbs:
+  - path: /path/to/local/db
+    replica:
+      type: s3
+      bucket: BUCKETNAME
+      path:   db
+      endpoint: fly.storage.tigris.dev
+      region: auto
+      access-key-id: tid_x
+      secret-access-key: tsec_y
+      sign-payload: true
+      require-content-md5: false
+"""
+
+
+@pytest.mark.parametrize(("text", "path"), [(GUIDE_URL, ""), (GUIDE_FIELDS, "db")])
+def test_the_guides_files(load: Load, text: str, path: str) -> None:
+    """The files of the Tigris guide are read as they are."""
+    (database,) = load(text).databases
+    assert database.path == Path("/path/to/local/db")
+    assert store_of(database) == S3Settings(
+        bucket="BUCKETNAME",
+        path=path,
+        endpoint="https://fly.storage.tigris.dev",
+        region="auto",
+        access_key_id="tid_x",
+        secret_access_key="tsec_y",
+        force_path_style=True,
+        require_content_md5=False,
+        tigris_consistent=True,
+    )
+
+
+def test_the_guides_bucket_variable(load: Load) -> None:
+    """${BUCKET_NAME} in a URL is expanded."""
+    text = """
+dbs:
+  - path: /data/myapp.db
+    replica:
+      url: s3://${BUCKET_NAME}?endpoint=fly.storage.tigris.dev&region=auto
+"""
+    assert store_of(load(text, {"BUCKET_NAME": "mine"}).databases[0]).bucket == "mine"
+    with pytest.raises(ConfigError, match=r"url: the variable BUCKET_NAME is not set"):
+        load(text)
+
+
+def test_global_keys_are_defaults(load: Load) -> None:
+    """Settings at top level hold for all replicas and databases that do not set them."""
+    text = """
+region: eu
+part-size: 16MiB
+concurrency: 3
+sync-interval: 5s
+busy-timeout: 2s
+shutdown-sync-timeout: 1m
+bucket: common
+dbs:
+  - path: /a.db
+    replica: {path: a}
+  - path: /b.db
+    busy-timeout: 3s
+    replica: {bucket: own, path: b, region: us, concurrency: 4, sync-interval: 10ms}
+  - path: /c.db
+    replica: {url: "s3://other/c?region=url"}
+  - path: /d.db
+    replica: {url: file:///backup/d}
+"""
+    a, b, c, d = load(text).databases
+    assert (store_of(a).bucket, store_of(a).path, store_of(a).region) == ("common", "a", "eu")
+    assert (store_of(a).part_size, store_of(a).concurrency) == (16 * 1024 * 1024, 3)
+    assert a.replica is not None
+    assert a.replica.sync_interval_s == 5.0
+    assert (a.busy_timeout_s, a.shutdown_sync_timeout_s) == (2.0, 60.0)
+    assert (store_of(b).bucket, store_of(b).region, store_of(b).concurrency) == ("own", "us", 4)
+    assert b.replica is not None
+    assert b.replica.sync_interval_s == 0.01
+    assert b.busy_timeout_s == 3.0
+    assert (store_of(c).bucket, store_of(c).path, store_of(c).region) == ("other", "c", "url")
+    assert d.replica is not None
+    assert d.replica.store == LocalSettings(path=Path("/backup/d"))
+
+
+def test_forms_of_the_replica(load: Load) -> None:
+    """A replica is a mapping, a URL, or the only entry of the old list."""
+    text = """
+dbs:
+  - path: /a.db
+    replica: s3://b/a
+  - path: /b.db
+    replicas:
+      - url: s3://b/b
+  - path: sqlite:///c.db
+    replica: {path: /backup/c}
+"""
+    a, b, c = load(text).databases
+    assert store_of(a).path == "a"
+    assert store_of(b).path == "b"
+    assert c.path == Path("/c.db")
+    assert c.replica is not None
+    assert c.replica.store == LocalSettings(path=Path("/backup/c"))
+
+
+def test_database_keys(load: Load) -> None:
+    """The keys of a database arrive, in Litestream's spelling and ours."""
+    text = """
+dbs:
+  - path: /a.db
+    meta-path: /meta
+    busy_timeout: 250ms
+    restore-if-db-not-exists: false
+    max-sync-wal-bytes: 1MiB
+    page-encoding: frame
+    checkpoint-interval: 5m
+    min-checkpoint-page-count: 10
+    truncate-page-n: -1
+    replica: s3://b/a
+"""
+    (database,) = load(text).databases
+    assert database.meta_path == Path("/meta")
+    assert database.busy_timeout_s == 0.25
+    assert database.restore == "never"
+    assert database.max_sync_wal_bytes == 1024 * 1024
+    assert database.page_encoding == "frame"
+    assert database.checkpoint_interval_s == 300.0
+    assert database.min_checkpoint_page_count == 10
+    assert database.truncate_page_n == -1
+
+
+def test_values_stay_as_written(load: Load) -> None:
+    """YAML's surprises (no, octal numbers, sexagesimals) do not reach text settings."""
+    text = """
+dbs:
+  - path: /a.db
+    replica: {bucket: b, path: 010, region: no, storage-class: 1:30}
+"""
+    store = store_of(load(text).databases[0])
+    assert (store.path, store.region, store.storage_class) == ("010", "no", "1:30")
+
+
+def test_anchors_and_merge_keys(load: Load) -> None:
+    """Anchors and merge keys work."""
+    text = """
+x-common: &common
+  region: eu
+dbs:
+  - path: /a.db
+    replica:
+      <<: *common
+      bucket: b
+"""
+    assert store_of(load(text).databases[0]).region == "eu"
+
+
+def test_expansion(load: Load) -> None:
+    """Variables are expanded within values, so that a secret may hold anything."""
+    text = """
+access-key-id: $KEY
+secret-access-key: ${SECRET}
+dbs:
+  - path: ${DIR}/a-$PID.db
+    replica: {bucket: b, path: a}
+"""
+    environ = {"KEY": "id", "SECRET": "a: b # c $KEY ${KEY} 'd", "DIR": "/data"}
+    (database,) = load(text, environ).databases
+    assert store_of(database).secret_access_key == environ["SECRET"]
+    assert database.path.parent == Path("/data")
+    assert database.path.stem.removeprefix("a-").isdigit()
+
+
+def test_expansion_of_structure(load: Load) -> None:
+    """A variable may also hold a piece of YAML."""
+    text = "dbs: [{path: /a.db, replica: {url: ${URL}}}]"
+    assert store_of(load(text, {"URL": "s3://b/x"}).databases[0]).path == "x"
+
+
+def test_undefined_variables(load: Load) -> None:
+    """What is not set is empty, and an error where it would name the wrong place."""
+    text = "region: ${NOWHERE}\ndbs:\n  - path: /a.db\n    replica: {bucket: b, path: a}\n"
+    assert store_of(load(text).databases[0]).region is None
+    for line in ("bucket: ${X}", "bucket: b$X", "path: a/${X}", "url: s3://b/$X"):
+        with pytest.raises(ConfigError, match="the variable X is not set"):
+            load(f"dbs:\n  - path: /a.db\n    replica:\n      {line}\n")
+    with pytest.raises(ConfigError, match="the variable X is not set"):
+        load("dbs:\n  - path: $X/a.db\n    replica: s3://b\n")
+    with pytest.raises(ConfigError, match=r"only \$\{NAME\} is expanded"):
+        load("region: ${X:-eu}\n")
+
+
+def test_no_expansion(load: Load) -> None:
+    """Without expansion a dollar sign is a dollar sign."""
+    text = "dbs:\n  - path: /a.db\n    replica: {bucket: b, path: $X}\n"
+    assert store_of(load(text, {"X": "y"}, expand_env=False).databases[0]).path == "$X"
+
+
+def test_unknown_keys_are_warned_about(load: Load, caplog: pytest.LogCaptureFixture) -> None:
+    """An unknown key at any level is a warning that names the nearest known one."""
+    text = """
+regoin: eu
+dbs:
+  - path: /a.db
+    bussy-timeout: 1s
+    replica: {bucket: b, path: a, sync-intervall: 1s}
+logging: {levle: debug}
+"""
+    with caplog.at_level(logging.WARNING):
+        load(text)
+    said = sorted(record.getMessage() for record in caplog.records)
+    assert [text.partition("(")[2] for text in said] == [
+        "did you mean busy-timeout?)",
+        "did you mean level?)",
+        "did you mean region?)",
+        "did you mean sync-interval?)",
+    ]
+
+
+def test_litestreams_own_keys(load: Load, caplog: pytest.LogCaptureFixture) -> None:
+    """Litestream's keys without effect here are accepted at their places and mentioned."""
+    text = """
+addr: :9090
+levels: [{interval: 30s}]
+snapshot: {interval: 24h}
+l0-retention: 5m
+dbs:
+  - path: /a.db
+    monitor-interval: 1s
+    replica: {bucket: b, path: a, validation-interval: 6h}
+"""
+    with caplog.at_level(logging.INFO):
+        assert len(load(text).databases) == 1
+    assert {record.getMessage().split()[1] for record in caplog.records} == {
+        "key=addr",
+        "key=levels",
+        "key=snapshot",
+        "key=l0-retention",
+        "key=monitor-interval",
+        "key=validation-interval",
+    }
+
+
+def test_logging_section(load: Load) -> None:
+    """The logging section is read."""
+    text = "logging: {level: DEBUG, type: json, stderr: false, source: yes}\n"
+    assert load(text).logging == LoggingSettings(
+        level="debug", type="json", stderr=False, source=True
+    )
+    assert load("").logging == LoggingSettings()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("dbs: {path: /a.db}", "dbs: a list"),
+        ("dbs:\n  - /a.db", "settings are expected"),
+        ("- a", "settings are expected"),
+        ("dbs:\n  - replica: s3://b", r"dbs\[1\]: path is missing"),
+        ("dbs:\n  - path: /a.db", r"dbs\[1\]: replica is missing"),
+        ("dbs:\n  - {path: /a.db, replica: s3://b, replicas: [s3://c]}", "both given"),
+        ("dbs:\n  - {path: /a.db, replicas: [s3://b, s3://c]}", "exactly one"),
+        ("dbs:\n  - {path: /a.db, replica: {url: s3://b, bucket: c}}", "url and bucket"),
+        ("dbs:\n  - {dir: /x, pattern: '*.db', replica: s3://b}", "dir: not yet"),
+        ("dbs:\n  - {path: /a.db, replica: {bucket: b, age: {}}}", "encryption"),
+        ("dbs:\n  - {path: /a.db, replica: {type: gs, bucket: b}}", "type: 'gs' is none of"),
+        ("dbs:\n  - {path: /a.db, busy-timeout: soon, replica: s3://b}", r"dbs\[1\]: busy-timeout"),
+        ("url: s3://b", "belongs to a database"),
+        (
+            "dbs:\n  - {path: /a.db, replica: s3://b/x}\n  - {path: /b.db, replica: s3://b/x}",
+            "same replica",
+        ),
+        (
+            "dbs:\n  - {path: /a.db, replica: s3://b/x}\n  - {path: /a.db, replica: s3://b/y}",
+            "listed twice",
+        ),
+        ("a: [", "not YAML"),
+        ("a: b: c", "not YAML"),
+        ("a: !!python/object:os.system x", "not YAML"),
+        ("logging: {level: loud}", "logging.level"),
+    ],
+)
+def test_refusals(load: Load, text: str, says: str) -> None:
+    """What cannot be used is one line that names file, place and setting."""
+    with pytest.raises(ConfigError, match=says) as caught:
+        load(text)
+    assert "walship.yml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_errors_do_not_show_the_line(load: Load) -> None:
+    """A line that cannot be parsed may hold a secret."""
+    with pytest.raises(ConfigError, match="line 1") as caught:
+        load("secret-access-key: hunter2: x\n")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    """A file that is missing or no text is a ConfigError."""
+    with pytest.raises(ConfigError, match="No such file"):
+        load_config(tmp_path / "none.yml", environ={})
+    (tmp_path / "binary.yml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        load_config(tmp_path / "binary.yml", environ={})
+
+
+def test_finding_a_database(load: Load, tmp_path: Path) -> None:
+    """A database is found by its path, also through a symbolic link."""
+    target = tmp_path / "real.db"
+    target.touch()
+    link = tmp_path / "link.db"
+    link.symlink_to(target)
+    settings = load(f"dbs:\n  - path: {target}\n    replica: s3://b/x\n")
+    assert settings.database(target) is settings.databases[0]
+    assert settings.database(link) is settings.databases[0]
+    assert settings.database(tmp_path / "other.db") is None
