@@ -31,31 +31,30 @@ from walship.replica.errors import (
     ConfigError,
     ContinuityError,
     FormatError,
+    GapError,
+    IntegrityError,
     NoBackupError,
+    OutputExistsError,
     ReplicaError,
     StoreError,
 )
 from walship.replica.format.types import LEVEL_MAX, format_segment_name, format_txid, parse_txid
-from walship.replica.plan import GapError, format_time
+from walship.replica.plan import format_time
 from walship.replica.restore import (
-    IntegrityError,
-    OutputExistsError,
-    Progress,
     RestoreResult,
     Source,
     find_source,
     list_replica,
     restore,
 )
+from walship.replica.restore_front import parse_time, progress_bar
 from walship.replica.settings import DatabaseSettings, ReplicaSettings, database_path
 from walship.replica.spool import read_state, state_directory
 from walship.replica.store.base import ObjectStore, SegmentInfo
 from walship.replica.store.opening import open_store
 from walship.replica.store.retrying import RetryingStore
 from walship.replica.store.settings import LocalSettings
-from walship.replica.store.timestamps import parse_timestamp
 from walship.replica.url import is_url
-from walship.replica.values import parse_duration
 
 __all__ = ["main"]
 
@@ -143,16 +142,6 @@ _ELSEWHERE: Final[Mapping[str, str]] = {
     "mcp": "not supported",
 }
 
-#: Words for units of time, singular, in seconds.
-_TIME_UNITS: Final[Mapping[str, int]] = {
-    **dict.fromkeys(("s", "sec", "second"), 1),
-    **dict.fromkeys(("m", "min", "minute"), 60),
-    **dict.fromkeys(("h", "hour"), 3600),
-    **dict.fromkeys(("d", "day"), 86_400),
-    **dict.fromkeys(("w", "week"), 604_800),
-}
-_WORDS_RE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)", re.ASCII)
-_FINE_RE: Final = re.compile(r"\.\d{3}\d*[1-9]")
 _RELATIVE_RE: Final = re.compile(r"-\s*\d")
 
 
@@ -449,48 +438,6 @@ def _parse_txid(text: str) -> int:
         raise ConfigError(f"-txid: 16 hex digits are expected, not {text!r}") from None
 
 
-def parse_time(text: str, now_ms: int) -> int:
-    """A time as ms since the epoch: RFC 3339, or relative to now ("-15m", "5 minutes ago").
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    stripped = text.strip()
-    absolute = parse_timestamp(stripped.replace(" ", "T", 1))
-    if absolute is not None:
-        # "Strictly before" must include what happened earlier in the same millisecond.
-        return absolute + (_FINE_RE.search(stripped) is not None)
-    words = stripped.lower()
-    if words.startswith("-"):
-        words = words[1:].strip()
-    elif words.endswith("ago"):
-        words = words[:-3].strip()
-    else:
-        words = ""
-    seconds = _relative_s(words)
-    if seconds is None:
-        raise ConfigError(
-            f"-timestamp: not a time: {text!r} (2026-01-31T15:54:00Z, with Z or +01:00 at its end,"
-            ' or "-15m", or "5 minutes ago")'
-        )
-    return now_ms - round(seconds * 1000)
-
-
-def _relative_s(words: str) -> float | None:
-    if not words:
-        return None
-    with contextlib.suppress(ConfigError):
-        return parse_duration("timestamp", words)
-    seconds = 0.0
-    for number, unit in _WORDS_RE.findall(words):
-        size = _TIME_UNITS.get(unit) or _TIME_UNITS.get(unit.removesuffix("s"))
-        if size is None:
-            return None
-        seconds += float(number) * size
-    rest = _WORDS_RE.sub("", words).replace("and", "").replace(",", "").strip()
-    return None if rest or not seconds else seconds
-
-
 # --- what is meant -------------------------------------------------------------------------------
 
 
@@ -573,7 +520,7 @@ def _restore(arguments: argparse.Namespace, clock: Clock) -> int:
                 )
                 _print_source(source, store, replica, output, arguments.json)
                 return EXIT_OK
-            with _progress_bar(output.name) as progress:
+            with progress_bar(output.name) as progress:
                 result = restore(
                     store,
                     output,
@@ -620,25 +567,6 @@ def _report(result: RestoreResult, output: Path, replica: ReplicaSettings, as_js
         f"restored {output} from {state}: {size} in {result.duration_s:.1f} s, fetched"
         f" {_human_size(result.bytes_fetched)} in {result.n_segments} segment(s)"
     )
-
-
-@contextlib.contextmanager
-def _progress_bar(name: str) -> Iterator[Progress | None]:
-    """A bar on a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from tqdm import tqdm
-
-    with tqdm(
-        desc=name, unit="B", unit_scale=True, unit_divisor=1000, leave=False, file=sys.stderr
-    ) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show
 
 
 def _print_source(

@@ -31,9 +31,9 @@ from .clock import Clock
 from .errors import ContinuityError, FormatError, StoreError
 from .format.ltx import decode
 from .format.types import LEVEL_MAX, format_segment_name, format_txid
-from .restore import restore
+from .restore import restore, unacknowledged
 from .spool import State, new_lineage
-from .store.base import ObjectStore, SegmentInfo, list_segments
+from .store.base import SHA256_METADATA, ObjectStore, SegmentInfo, list_segments
 from .uploader import same_bytes, sha256_of
 
 __all__ = ["reconcile", "replica_head"]
@@ -103,6 +103,8 @@ def _check_own_record(capture: Capture, store: ObjectStore) -> SegmentInfo | Non
         )
         _start(capture, store, txid, "the replica has lost objects")
         return None
+    if not state.segments:
+        newer = _without_dead_uploads(store, newer, known)
     ours = {sealed.txid: sealed for sealed in state.segments}
     acked = known
     for info in newer:
@@ -120,11 +122,32 @@ def _check_own_record(capture: Capture, store: ObjectStore) -> SegmentInfo | Non
     return None
 
 
+def _without_dead_uploads(
+    store: ObjectStore, newer: list[SegmentInfo], known: int
+) -> list[SegmentInfo]:
+    """Remove what an earlier writer, whose disk is gone, had in flight behind a lost upload."""
+    if not newer or any(segment.min_txid == known + 1 for segment in newer):
+        return newer
+    dead = unacknowledged(store, newer, known)
+    if not dead:
+        return newer
+    log.warning(
+        "%s: removing %d segment(s) behind txid %s: their writer died before txid %s arrived, so "
+        "they were never acknowledged",
+        store.url,
+        len(dead),
+        format_txid(known),
+        format_txid(known + 1),
+    )
+    store.delete([segment.key for segment in dead])
+    return [segment for segment in newer if segment not in dead]
+
+
 def _is_recorded(store: ObjectStore, info: SegmentInfo, state: State) -> bool:
     """Whether the object under our last TXID is the one we put there."""
     if not state.sha256:
         return True  # taken over or restored: its bytes were never ours
-    recorded = store.head(info.key).metadata.get("walship-sha256")
+    recorded = store.head(info.key).metadata.get(SHA256_METADATA)
     if recorded is not None:
         return recorded == state.sha256
     return sha256_of(lambda offset, length: store.get(info.key, offset, length)) == state.sha256

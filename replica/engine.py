@@ -32,7 +32,8 @@ from .sqlite import (
 from .store.base import ObjectStore
 from .store.opening import open_store
 from .store.retrying import RetryingStore
-from .uploader import Uploader
+from .store.settings import LocalSettings
+from .uploader import MAX_IN_FLIGHT, Uploader
 
 __all__ = ["Engine", "Status", "restore_if_missing"]
 
@@ -114,6 +115,7 @@ class Engine:
             clock,
             reconcile=self._reconcile,
             sync_interval_s=settings.replica.sync_interval_s,
+            max_in_flight=1 if isinstance(settings.replica.store, LocalSettings) else MAX_IN_FLIGHT,
             give_up=self._refuse,
             watch=self._watch_locks,
         )

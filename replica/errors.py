@@ -13,6 +13,9 @@ The tree (indented under its parent)::
             StoreUnavailable     no usable answer; worth trying again
         RestoreError             a restore that could not be done
             NoBackupError        ... because the replica holds nothing that fits the target
+            GapError             ... because segments are missing in the middle
+            OutputExistsError    ... because something is in its place already
+            IntegrityError       ... because SQLite found the result damaged
         ClosedError              the handle was closed
         FencedError              another writer owns the replica       (replica.sqlite)
         NotYetReplicated         a wait ended first; the commit is local (replica.sqlite)
@@ -27,14 +30,19 @@ Facts are attributes, the message is one line that says what to do, the cause is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 __all__ = [
     "ChecksumError",
     "ClosedError",
     "ConfigError",
     "ContinuityError",
     "FormatError",
+    "GapError",
+    "IntegrityError",
     "NoBackupError",
     "ObjectNotFound",
+    "OutputExistsError",
     "PreconditionFailed",
     "ReplicaError",
     "RestoreError",
@@ -124,6 +132,36 @@ class RestoreError(ReplicaError):
 
 class NoBackupError(RestoreError):
     """The replica holds nothing that fits the target (or nothing at all)."""
+
+
+class GapError(RestoreError):
+    """The replica misses a segment in the middle, so that its newest state cannot be reached.
+
+    Attributes:
+        reachable_txid: the last TXID before the gap (0: not even the first segment is there).
+        next_txid: the first TXID behind the gap.
+    """
+
+    def __init__(self, message: str, *, reachable_txid: int, next_txid: int) -> None:
+        super().__init__(message)
+        self.reachable_txid = reachable_txid
+        self.next_txid = next_txid
+
+
+class OutputExistsError(RestoreError):
+    """The output exists already and was left alone."""
+
+
+class IntegrityError(RestoreError):
+    """SQLite's check found the restored database damaged; it was removed again.
+
+    Attributes:
+        findings: what SQLite reported, at least one line.
+    """
+
+    def __init__(self, message: str, findings: Sequence[str]) -> None:
+        super().__init__(message)
+        self.findings = tuple(findings)
 
 
 class ClosedError(ReplicaError):

@@ -12,33 +12,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
-from walship.replica.errors import ConfigError, NoBackupError, RestoreError
+from walship.replica.errors import ConfigError, GapError, NoBackupError
 from walship.replica.format.types import LEVEL_SNAPSHOT, format_txid
 from walship.replica.store.base import SegmentInfo
 
-__all__ = ["IN_FLIGHT_MAX", "GapError", "Plan", "format_time", "plan"]
-
-#: Uploads that may be under way at once.  A writer that died with a lost upload in the middle
-#: leaves a gap with at most this many TXIDs from the first missing one to the newest; none of them
-#: was ever acknowledged, because segments are acknowledged in order.
-IN_FLIGHT_MAX: Final = 8
+__all__ = ["Plan", "format_time", "plan"]
 
 #: How many later TXIDs are tried when an error message looks for one that can be restored.
 _NEAREST_TRIES: Final = 32
-
-
-class GapError(RestoreError):
-    """The replica misses a segment in the middle, so that its newest state cannot be reached.
-
-    Attributes:
-        reachable_txid: the last TXID before the gap (0: not even the first segment is there).
-        next_txid: the first TXID behind the gap.
-    """
-
-    def __init__(self, message: str, *, reachable_txid: int, next_txid: int) -> None:
-        super().__init__(message)
-        self.reachable_txid = reachable_txid
-        self.next_txid = next_txid
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +55,7 @@ def plan(
 ) -> Plan:
     """Choose the segments that lead to a state.
 
-    Without ``txid`` and ``before_ms`` that is the newest state; then a gap below it is an error,
-    unless only uploads that died together with their writer lie behind it (see `IN_FLIGHT_MAX`):
-    those are left out, with a warning.
+    Without ``txid`` and ``before_ms`` that is the newest state; then a gap below it is an error.
 
     Args:
         segments: the replica's listing, all levels, in any order.
@@ -154,14 +133,6 @@ def _plan_latest(listing: Sequence[SegmentInfo]) -> Plan:
         return _finish(chain, lambda: "the replica is empty: there is nothing to restore")
     next_txid = min(segment.min_txid for segment in behind)
     newest = max(segment.max_txid for segment in listing)
-    in_flight = newest - reached <= IN_FLIGHT_MAX and all(s.level == 0 for s in behind)
-    if in_flight and chain:
-        warning = (
-            f"TXID {format_txid(reached + 1)} is missing and {len(behind)} segment(s) behind it are"
-            f" left out: their writer ended before they were acknowledged; restoring TXID"
-            f" {format_txid(reached)}"
-        )
-        return Plan(tuple(chain), (warning,))
     if chain:
         advice = f"restore up to the gap with -txid {format_txid(reached)}"
     else:

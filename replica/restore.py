@@ -28,26 +28,35 @@ from walship.replica.check import IntegrityMode, integrity_check
 from walship.replica.clock import Clock
 from walship.replica.errors import (
     ConfigError,
+    GapError,
+    IntegrityError,
     NoBackupError,
     ObjectNotFound,
+    OutputExistsError,
     RestoreError,
 )
-from walship.replica.format.types import LEVEL_MAX, LEVEL_SNAPSHOT
+from walship.replica.format.types import LEVEL_MAX, LEVEL_SNAPSHOT, format_txid
 from walship.replica.plan import Plan, plan
-from walship.replica.store.base import ObjectInfo, ObjectStore, SegmentInfo, list_segments
+from walship.replica.store.base import (
+    IN_FLIGHT_MAX,
+    SHA256_METADATA,
+    ObjectInfo,
+    ObjectStore,
+    SegmentInfo,
+    list_segments,
+)
 from walship.replica.store.local import fsync_directory, fsync_file, make_directories
 from walship.replica.store.timestamps import TIMESTAMP_METADATA, parse_timestamp
 from walship.replica.v03 import V03Plan, apply_v03, list_v03, plan_v03
 
 __all__ = [
-    "IntegrityError",
-    "OutputExistsError",
     "Progress",
     "RestoreResult",
     "Source",
     "find_source",
     "list_replica",
     "restore",
+    "unacknowledged",
 ]
 
 _log = logging.getLogger(__name__)
@@ -66,22 +75,6 @@ _SIDECARS: Final = ("-wal", "-shm", "-journal")
 _TEMP_SUFFIX: Final = ".restore.tmp"
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _NO_LINKS: Final = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK})
-
-
-class OutputExistsError(RestoreError):
-    """The output exists already and was left alone."""
-
-
-class IntegrityError(RestoreError):
-    """SQLite's check found the restored database damaged; it was removed again.
-
-    Attributes:
-        findings: what SQLite reported, at least one line.
-    """
-
-    def __init__(self, message: str, findings: Sequence[str]) -> None:
-        super().__init__(message)
-        self.findings = tuple(findings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,11 +227,53 @@ def find_source(
     if not segments:
         raise NoBackupError(f"there is no backup at {store.url}")
     try:
-        return Source(plan(segments, txid=txid, before_ms=timestamp_ms), None)
+        try:
+            return Source(plan(segments, txid=txid, before_ms=timestamp_ms), None)
+        except GapError as gap:
+            return Source(_plan_to_gap(store, segments, gap), None)
     except NoBackupError:
         if old is not None:
             return Source(None, old)
         raise
+
+
+def _plan_to_gap(store: ObjectStore, segments: Sequence[SegmentInfo], gap: GapError) -> Plan:
+    """The state before a gap, if only uploads that died with their writer lie behind it.
+
+    Several uploads may be under way at once and are acknowledged in order: what lies behind a
+    missing one was promised to nobody.
+
+    Raises:
+        GapError: the one given, if anything else may have made the gap.
+    """
+    if not gap.reachable_txid:
+        raise gap
+    behind = unacknowledged(store, segments, gap.reachable_txid)
+    if behind is None:
+        raise gap
+    kept = plan([segment for segment in segments if segment not in behind])
+    warning = (
+        f"TXID {format_txid(gap.reachable_txid + 1)} is missing and {len(behind)} segment(s) behind"
+        " it are left out: their writer ended before they were acknowledged; restoring TXID"
+        f" {format_txid(gap.reachable_txid)}"
+    )
+    return replace(kept, warnings=(warning,))
+
+
+def unacknowledged(
+    store: ObjectStore, segments: Sequence[SegmentInfo], reached: int
+) -> list[SegmentInfo] | None:
+    """Segments behind a gap after ``reached``, if nothing but walship's own dead uploads is there.
+
+    Returns:
+        None if a segment there is compacted, too far away, or not written by walship.
+    """
+    behind = [segment for segment in segments if segment.min_txid > reached + 1]
+    if any(s.level or s.max_txid > reached + IN_FLIGHT_MAX for s in behind):
+        return None
+    if any(SHA256_METADATA not in store.head(segment.key).metadata for segment in behind):
+        return None
+    return behind
 
 
 def list_replica(

@@ -29,13 +29,14 @@ from .errors import ObjectNotFound, PreconditionFailed, ReplicaError, StoreError
 from .format.types import format_txid
 from .spool import Sealed
 from .sqlite import FencedError
-from .store.base import ObjectInfo, ObjectStore, segment_key
+from .store.base import SHA256_METADATA, ObjectInfo, ObjectStore, segment_key
 
 __all__ = ["Outcome", "Uploader"]
 
 log = logging.getLogger("walship.uploader")
 
-#: Segments that may be in flight at once.  Readers accept a hole of less than this at the tail.
+#: Segments that may be in flight at once, where a hole that a dead writer leaves can be told from
+#: a loss (`store.base.IN_FLIGHT_MAX`): that takes metadata, which a directory does not have.
 MAX_IN_FLIGHT: Final = 4
 #: How often the uploader looks without having been rung, seconds: a crash can come before a bell.
 TICK_S: Final = 2.0
@@ -46,8 +47,6 @@ BACKOFF_LONGEST_S: Final = 30.0
 BACKOFF_REFUSED_S: Final = 10.0
 #: Pieces are merged while they cannot be sent, once there are more than this many.
 MERGE_PIECES: Final = 64
-#: Object metadata: proof that an object is ours although the answer to its PUT was lost.
-SHA256_METADATA: Final = "walship-sha256"
 
 
 class Reconcile(Protocol):
@@ -94,6 +93,7 @@ class Uploader:
         store: where they go; one attempt a call.
         reconcile: run before the first segment is frozen, until it passes.
         sync_interval_s: least time between the starts of two uploads under load, seconds.
+        max_in_flight: segments sent at once; 1 for stores without metadata.
         give_up: called once with the reason why this database may not be shipped any more.
         watch: called at each tick; raises a `ReplicaError` when nothing may be shipped any more.
     """
@@ -107,6 +107,7 @@ class Uploader:
         *,
         reconcile: Reconcile,
         sync_interval_s: float,
+        max_in_flight: int = MAX_IN_FLIGHT,
         give_up: Callable[[ReplicaError], None] = lambda error: None,
         watch: Callable[[], None] = lambda: None,
         rng: random.Random | None = None,
@@ -119,6 +120,7 @@ class Uploader:
         self._clock = clock
         self._reconcile = reconcile
         self._sync_interval_s = sync_interval_s
+        self._max_in_flight = max_in_flight
         self._on_give_up = give_up
         self._rng = rng or random.Random()
         # The doorbell: set by commits without a lock, cleared before the WAL is looked at.
@@ -294,7 +296,7 @@ class Uploader:
             self._do_reconcile()
             now = self._clock.monotonic()
         self._send_waiting()
-        if len(self._slots) >= MAX_IN_FLIGHT:
+        if len(self._slots) >= self._max_in_flight:
             self._merge_if_many()
             return TICK_S
         with self._changed:
@@ -386,12 +388,12 @@ class Uploader:
         """Hand frozen segments to the request threads, oldest first."""
         if self._clock.monotonic() < self._retry_at:
             return
-        for slot in list(self._slots.values())[:MAX_IN_FLIGHT]:
+        for slot in list(self._slots.values())[: self._max_in_flight]:
             if slot.in_flight or slot.done:
                 continue
             slot.in_flight = True
             busy = sum(1 for s in self._slots.values() if s.in_flight and not s.done)
-            if busy > len(self._workers) and len(self._workers) < MAX_IN_FLIGHT:
+            if busy > len(self._workers) and len(self._workers) < self._max_in_flight:
                 self._start_worker()
             self._requests.put(slot.sealed)
 

@@ -155,7 +155,9 @@ class MainFile(apsw.VFSFile):
             return
         allowed = _ALLOWED_VALUES.get(name.lower())
         if allowed is not None and value is not None and value.lower() != allowed[0]:
-            reason = f"{name}={value} is refused: {self.engine.name} is replicated, and {allowed[1]}"
+            reason = (
+                f"{name}={value} is refused: {self.engine.name} is replicated, and {allowed[1]}"
+            )
             pragma.result = reason
             raise RefusedError(reason)
 

@@ -12,11 +12,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from walship.replica.format.types import format_segment_name, parse_segment_name
 
-__all__ = ["Body", "ObjectInfo", "ObjectStore", "SegmentInfo", "list_segments", "segment_key"]
+__all__ = [
+    "IN_FLIGHT_MAX",
+    "SHA256_METADATA",
+    "Body",
+    "ObjectInfo",
+    "ObjectStore",
+    "SegmentInfo",
+    "list_segments",
+    "segment_key",
+]
+
+#: Object metadata of a segment that walship wrote: sha256 of its content, hex.  Proof that an
+#: object is ours although the answer to its PUT was lost, and that walship wrote it at all.
+SHA256_METADATA: Final = "walship-sha256"
+#: Uploads that may be under way at once, with a margin for later versions.  A writer that dies
+#: with one lost in the middle leaves a gap of less than this below the newest.
+IN_FLIGHT_MAX: Final = 8
 
 #: Content of an object: bytes in memory, or a file that nobody changes until the put returns.
 Body = bytes | bytearray | memoryview | Path

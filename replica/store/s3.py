@@ -514,6 +514,8 @@ def _make_client(settings: S3Settings) -> S3Client:
 
         urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
     elif settings.ca_bundle is not None:
+        if not settings.ca_bundle.is_file():
+            raise ConfigError(f"ca-bundle (AWS_CA_BUNDLE): no such file: {settings.ca_bundle}")
         verify = str(settings.ca_bundle)
     try:
         core = get_session()

@@ -18,14 +18,19 @@ from walship.replica.errors import (
     ConfigError,
     ContinuityError,
     FormatError,
+    GapError,
+    IntegrityError,
     NoBackupError,
     ObjectNotFound,
+    OutputExistsError,
     PreconditionFailed,
     ReplicaError,
     RestoreError,
     StoreError,
     StoreUnavailable,
 )
+from walship.replica.restore import RestoreResult
+from walship.replica.restore_front import restore_from as restore
 from walship.replica.sqlite import FencedError, NotYetReplicated, RefusedError, SpoolError
 from walship.vfs.connection import Connection, Replication, configure, connect, replication
 from walship.vfs.replicating import ReplicatingVFS
@@ -40,15 +45,19 @@ __all__ = [
     "ContinuityError",
     "FencedError",
     "FormatError",
+    "GapError",
+    "IntegrityError",
     "NoBackupError",
     "NotYetReplicated",
     "ObjectNotFound",
+    "OutputExistsError",
     "PreconditionFailed",
     "RefusedError",
     "ReplicaError",
     "ReplicatingVFS",
     "Replication",
     "RestoreError",
+    "RestoreResult",
     "SpoolError",
     "Status",
     "StoreError",
@@ -56,4 +65,5 @@ __all__ = [
     "configure",
     "connect",
     "replication",
+    "restore",
 ]

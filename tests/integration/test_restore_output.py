@@ -29,13 +29,15 @@ from support.replicas import (
 from walship.replica.clock import SystemClock
 from walship.replica.errors import (
     FormatError,
+    IntegrityError,
     NoBackupError,
     ObjectNotFound,
+    OutputExistsError,
     ReplicaError,
     RestoreError,
     StoreUnavailable,
 )
-from walship.replica.restore import IntegrityError, OutputExistsError, RestoreResult, restore
+from walship.replica.restore import RestoreResult, restore
 from walship.replica.store.base import ObjectInfo
 from walship.replica.store.local import LocalStore
 

@@ -11,6 +11,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -582,6 +583,8 @@ def test_certificates(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             store.put("0000/a", b"x")
         assert not caught.value.retryable
         assert not endpoint.requests
+        with pytest.raises(ConfigError, match="no such file"), opened(f"{url}&ca-bundle=/none"):
+            pass
         with opened(url, {**KEYS, "AWS_CA_BUNDLE": str(certificate)}) as store:
             store.put("0000/a", b"x")
         with opened(f"{url}&skip-verify=true") as store:
@@ -600,8 +603,9 @@ def test_connections_are_kept_and_limited(endpoint: RecordingEndpoint) -> None:
             store.put("0000/a", b"x")
         assert endpoint.connections == 1
         assert isinstance(store, s3.S3Store)
-        assert store._client.meta.config.max_pool_connections == 3
-        assert store._client.meta.config.connect_timeout == 5.0
+        config: Any = store._client.meta.config
+        assert config.max_pool_connections == 3
+        assert config.connect_timeout == 5.0
 
 
 def test_own_lost_answer_through_the_retrying_store(endpoint: RecordingEndpoint) -> None:

@@ -116,6 +116,7 @@ def _change_page_size(connection: walship.Connection) -> None:
 def _temporary(connection: walship.Connection) -> None:
     _fill(connection)
     connection.execute("PRAGMA temp_store = FILE")
+    connection.execute("DROP TABLE IF EXISTS temp.s")
     connection.execute("CREATE TEMP TABLE s AS SELECT * FROM t")
     connection.execute("UPDATE s SET b = randomblob(2000)")
     connection.execute("INSERT INTO t (a, b) SELECT a, b FROM s ORDER BY random()")
@@ -124,6 +125,7 @@ def _temporary(connection: walship.Connection) -> None:
 def _backup_into(connection: walship.Connection) -> None:
     _fill(connection)
     source = apsw.Connection(":memory:")
+    source.pragma("page_size", connection.pragma("page_size"))
     source.execute("CREATE TABLE other (x, y)")
     source.execute("INSERT INTO other VALUES (1, randomblob(100000))")
     with connection.backup("main", source, "main") as backup:
@@ -392,6 +394,17 @@ def test_close_and_reopen_in_turn(tmp_path: Path) -> None:
     assert len(database.full_copies()) <= 1
 
 
+def test_close_at_once_leaves_no_wal(tmp_path: Path) -> None:
+    """The last close leaves the main file alone, even if the first copy was still to be made."""
+    for n in range(20):
+        database = Database(tmp_path, f"{n}.db")
+        with database.opened() as connection:
+            connection.execute("CREATE TABLE t (x)")
+        names = {entry.name for entry in tmp_path.iterdir()}
+        assert not names & {f"{n}.db-wal", f"{n}.db-shm"}
+        database.assert_replica_equals_file()
+
+
 def test_backup_out_of_the_database(tmp_path: Path) -> None:
     """The backup API and VACUUM INTO read a replicated database; the copy is whole and ordinary."""
     database = Database(tmp_path)
@@ -468,7 +481,9 @@ def test_an_existing_database_is_copied_first(tmp_path: Path) -> None:
     """A database made by plain SQLite in rollback mode is taken over with one full copy."""
     database = Database(tmp_path)
     plain = apsw.Connection(str(database.path), vfs="unix")
-    plain.execute("CREATE TABLE t AS SELECT value AS x FROM generate_series(1, 5000)")
+    plain.execute("CREATE TABLE t (x)")
+    with plain:
+        plain.executemany("INSERT INTO t VALUES (?)", ((n,) for n in range(5000)))
     plain.close()
     before = database.path.read_bytes()
     with database.opened():

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import apsw
+import pytest
 
 import walship
+import walship.replica.engine as engine_module
+from support.faulty import FaultyStore
 from walship.replica.check import integrity_check
-from walship.replica.clock import SystemClock
+from walship.replica.clock import Clock, SystemClock
 from walship.replica.engine import Engine
 from walship.replica.format.ltx import Decoder
 from walship.replica.restore import RestoreResult, restore
+from walship.replica.store.base import ObjectStore
 from walship.replica.store.local import LocalStore
+from walship.replica.store.settings import LocalSettings, S3Settings
 from walship.vfs.replicating import canonical, registry
+
+StoreSettings = LocalSettings | S3Settings
 
 #: Longest wait of any test for the replica, seconds; nothing is measured with it.
 WAIT_S = 30.0
@@ -122,6 +130,66 @@ class Database:
         restored = self.restore()
         assert dump(restored) == dump(self.path)
         restored.unlink()
+
+
+class Stores:
+    """Puts a `FaultyStore` before every replica that is opened while this is in force.
+
+    Attributes:
+        threads: identifiers of the threads that sent requests.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened: list[FaultyStore] = []
+        self.threads: set[int] = set()
+        self._open_store = engine_module.open_store
+        self.blocked = False
+        self.before = 0.0
+        self.after = 0.0
+        monkeypatch.setattr(engine_module, "open_store", self._open)
+
+    def _open(self, settings: StoreSettings, clock: Clock) -> FaultyStore:
+        store = _Watched(self._open_store(settings, clock), self)
+        store.before, store.after = self.before, self.after
+        if self.blocked:
+            store.block()
+        self.opened.append(store)
+        return store
+
+    @property
+    def last(self) -> FaultyStore:
+        """The store that was opened last."""
+        return self.opened[-1]
+
+    def block(self) -> None:
+        """No store answers any more, those opened from now on included."""
+        self.blocked = True
+        for store in self.opened:
+            store.block()
+
+    def release(self) -> None:
+        """All answer again."""
+        self.blocked = False
+        for store in self.opened:
+            store.release()
+
+    def fail(self, before: float, after: float) -> None:
+        """Requests fail by chance, before or after their effect."""
+        self.before, self.after = before, after
+        for store in self.opened:
+            store.before, store.after = before, after
+
+
+class _Watched(FaultyStore):
+    """A faulty store that notes which threads use it."""
+
+    def __init__(self, store: ObjectStore, stores: Stores) -> None:
+        super().__init__(store, seed=len(stores.opened))
+        self._stores = stores
+
+    def _enter(self, operation: str) -> str:
+        self._stores.threads.add(threading.get_ident())
+        return super()._enter(operation)
 
 
 def assert_same_bytes(found: Path, expected: Path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from support.replicas import manifest
-from walship.replica.errors import ConfigError, NoBackupError
+from walship.replica.errors import ConfigError, GapError, NoBackupError
 from walship.replica.format.types import parse_segment_name
-from walship.replica.plan import GapError, Plan, format_time, plan
+from walship.replica.plan import Plan, format_time, plan
 from walship.replica.store.base import SegmentInfo
 
 SETS = [
@@ -156,30 +156,6 @@ def test_gap_before_the_first_segment_leaves_nothing() -> None:
     """Without TXID 1 nothing can be restored."""
     with pytest.raises(GapError, match="no state can be restored"):
         plan([segment(0, 4, 4), segment(0, 5, 5)])
-
-
-def test_uploads_that_died_with_their_writer_are_left_out() -> None:
-    """A gap among the last eight TXIDs, with level 0 behind it only, gives a warning instead."""
-    listing = [segment(0, txid, txid) for txid in range(1, 11) if txid not in (3, 5)]
-    chosen = plan(listing)
-    assert chosen.max_txid == 2
-    assert len(chosen.warnings) == 1
-    assert "0000000000000003 is missing" in chosen.warnings[0]
-    assert "6 segment(s) behind it are left out" in chosen.warnings[0]
-
-
-@pytest.mark.parametrize(
-    "behind",
-    [
-        pytest.param([segment(0, txid, txid) for txid in range(4, 12)], id="ninth-from-the-end"),
-        pytest.param([segment(0, 4, 4), segment(1, 4, 4)], id="compacted-behind-the-gap"),
-        pytest.param([segment(0, 4, 4), segment(2, 20, 24)], id="far-behind"),
-    ],
-)
-def test_other_gaps_are_errors(behind: list[SegmentInfo]) -> None:
-    """Only uploads in flight are left out: what was compacted or is older was acknowledged."""
-    with pytest.raises(GapError):
-        plan([segment(0, 1, 1), segment(0, 2, 2), *behind])
 
 
 def test_gap_does_not_matter_for_a_txid_before_it() -> None:

@@ -1,0 +1,185 @@
+"""Restore as people ask for it: a replica by URL or settings, a time in words, a progress bar.
+
+Between the command line or an application and `replica.restore`, which does the work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from datetime import UTC, datetime
+from typing import Any, Final, Literal
+
+from .check import IntegrityMode
+from .clock import SystemClock
+from .config import parse_replica
+from .errors import ConfigError, FormatError
+from .format.types import parse_txid
+from .restore import Progress, RestoreResult, restore
+from .store.opening import open_store
+from .store.retrying import RetryingStore
+from .store.timestamps import parse_timestamp
+from .values import parse_duration
+
+__all__ = ["parse_time", "progress_bar", "restore_from"]
+
+#: Words for units of time, singular, in seconds.
+_TIME_UNITS: Final[Mapping[str, int]] = {
+    **dict.fromkeys(("s", "sec", "second"), 1),
+    **dict.fromkeys(("m", "min", "minute"), 60),
+    **dict.fromkeys(("h", "hour"), 3600),
+    **dict.fromkeys(("d", "day"), 86_400),
+    **dict.fromkeys(("w", "week"), 604_800),
+}
+_WORDS_RE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)", re.ASCII)
+_FINE_RE: Final = re.compile(r"\.\d{3}\d*[1-9]")
+
+
+def restore_from(
+    replica: str | os.PathLike[str] | Mapping[str, object],
+    output: str | os.PathLike[str],
+    *,
+    txid: int | str | None = None,
+    timestamp: datetime | str | float | None = None,
+    parallelism: int = 8,
+    progress: bool | Progress = False,
+    integrity_check: IntegrityMode = "none",
+    verify: Literal["auto", "full"] = "auto",
+    overwrite: bool = False,
+    **settings: Any,
+) -> RestoreResult:
+    """Restore a database from a replica to a file.
+
+    The file appears under its name complete and synced, or not at all; whatever was there before
+    is untouched until then.
+
+    Args:
+        replica: URL, directory, or mapping of replica settings.
+        output: the database file to make.
+        txid: restore exactly this TXID (a number, or 16 hex digits); the newest state without it.
+        timestamp: restore the newest state strictly before this: a datetime (naive ones are local
+            time), seconds since the epoch, RFC 3339 text, or relative text such as "-15m".
+        parallelism: requests under way at once, at least 1.
+        progress: True for a bar on standard error if that is a terminal, or a function that is
+            called with (bytes fetched so far, bytes expected).
+        integrity_check: "none", "quick" or "full": have SQLite check the file before it appears.
+        verify: "full" reads and verifies even what is outdated; see `replica.restore.restore`.
+        overwrite: replace an existing database, which nobody may have open.
+        **settings: any replica setting of the configuration file, with underscores.
+
+    Raises:
+        ConfigError: a setting or argument cannot be used.
+        RestoreError: it could not be done; see its subclasses.
+        FormatError: the replica is damaged.
+        StoreError: the replica could not be read.
+    """
+    clock = SystemClock()
+    parsed = parse_replica(replica, **settings)
+    target_ms = None if timestamp is None else _milliseconds(timestamp, clock.now_ms())
+    try:
+        target_txid = parse_txid(txid.lower()) if isinstance(txid, str) else txid
+    except FormatError as error:
+        raise ConfigError(f"txid: {error}") from None
+    with (
+        closing(RetryingStore(open_store(parsed.store, clock), clock)) as store,
+        _progress(progress, os.path.basename(os.fspath(output))) as report,
+    ):
+        return restore(
+            store,
+            output,
+            clock=clock,
+            txid=target_txid,
+            timestamp_ms=target_ms,
+            parallelism=parallelism,
+            integrity_check=integrity_check,
+            verify=verify,
+            progress=report,
+            overwrite=overwrite,
+        )
+
+
+def _milliseconds(timestamp: datetime | str | float, now_ms: int) -> int:
+    if isinstance(timestamp, datetime):
+        # Whole milliseconds, and one more for what is finer: "before" then includes all before it.
+        since = timestamp.astimezone(UTC) - datetime(1970, 1, 1, tzinfo=UTC)
+        fine = since.microseconds % 1000 > 0
+        return (since.days * 86_400 + since.seconds) * 1000 + since.microseconds // 1000 + fine
+    if isinstance(timestamp, str):
+        return parse_time(timestamp, now_ms)
+    return round(timestamp * 1000)
+
+
+@contextlib.contextmanager
+def _progress(progress: bool | Progress, name: str) -> Iterator[Progress | None]:
+    if callable(progress):
+        yield progress
+    elif progress:
+        with progress_bar(name) as bar:
+            yield bar
+    else:
+        yield None
+
+
+def parse_time(text: str, now_ms: int) -> int:
+    """A time as ms since the epoch: RFC 3339, or relative to now ("-15m", "5 minutes ago").
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    stripped = text.strip()
+    absolute = parse_timestamp(stripped.replace(" ", "T", 1))
+    if absolute is not None:
+        # "Strictly before" must include what happened earlier in the same millisecond.
+        return absolute + (_FINE_RE.search(stripped) is not None)
+    words = stripped.lower()
+    if words.startswith("-"):
+        words = words[1:].strip()
+    elif words.endswith("ago"):
+        words = words[:-3].strip()
+    else:
+        words = ""
+    seconds = _relative_s(words)
+    if seconds is None:
+        raise ConfigError(
+            f"-timestamp: not a time: {text!r} (2026-01-31T15:54:00Z, with Z or +01:00 at its end,"
+            ' or "-15m", or "5 minutes ago")'
+        )
+    return now_ms - round(seconds * 1000)
+
+
+def _relative_s(words: str) -> float | None:
+    if not words:
+        return None
+    with contextlib.suppress(ConfigError):
+        return parse_duration("timestamp", words)
+    seconds = 0.0
+    for number, unit in _WORDS_RE.findall(words):
+        size = _TIME_UNITS.get(unit) or _TIME_UNITS.get(unit.removesuffix("s"))
+        if size is None:
+            return None
+        seconds += float(number) * size
+    rest = _WORDS_RE.sub("", words).replace("and", "").replace(",", "").strip()
+    return None if rest or not seconds else seconds
+
+
+@contextlib.contextmanager
+def progress_bar(name: str) -> Iterator[Progress | None]:
+    """A bar on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(
+        desc=name, unit="B", unit_scale=True, unit_divisor=1000, leave=False, file=sys.stderr
+    ) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
