@@ -24,6 +24,7 @@ from harness import (
     at_least,
     interleave,
     sample,
+    settle,
 )
 
 from walship.replica.format.ltx import HEADER_SIZE, Header
@@ -70,6 +71,7 @@ def _once(setting: Setting, name: str, transactions: list[int]) -> dict[str, Any
             stack.enter_context(Litestream(place, {place.database: place.replica()}))
             place.wait_for_object()
             time.sleep(1.0)
+        settle()
         worker.go()
         facts = worker.wait_ready()
         arrived = None

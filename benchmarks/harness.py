@@ -399,6 +399,11 @@ def litestream_program() -> str:
     return str(program)
 
 
+def settle() -> None:
+    """Let the disk finish what earlier work left behind, or the next contestant pays for it."""
+    os.sync()
+
+
 def measure(setting: Setting, contestant: str, job: Job, place: Place) -> dict[str, Any]:
     """Run one task of one contestant, with Litestream beside it where it takes part."""
     job = {"directory": str(place.directory), "path": str(place.database), **job}
@@ -412,6 +417,7 @@ def measure(setting: Setting, contestant: str, job: Job, place: Place) -> dict[s
             stack.enter_context(Litestream(place, {place.database: place.replica()}))
             place.wait_for_object()
             time.sleep(0.3)  # it finishes its start-up work
+        settle()
         worker.go()
         return worker.result()
 

@@ -28,6 +28,7 @@ from harness import (
     interleave,
     percentile,
     sample,
+    settle,
 )
 from proxy import Proxy, proxy
 
@@ -91,6 +92,7 @@ def _steady(
             stack.enter_context(Litestream(place, {place.database: replica}, interval))
             place.wait_for_object()
             time.sleep(1.0)
+        settle()
         worker.go()
         times = worker.wait_ready()["times"]
         found = wait_for(place, way, "db", len(times))
@@ -138,6 +140,7 @@ def _single(setting: Setting, name: str) -> dict[str, Any]:
             stack.enter_context(Litestream(place, replicas))
             for path in paths:
                 place.wait_for_object(path.stem)
+        settle()
         worker.go()
         times = worker.wait_ready()["times"]
         lags: list[float] = []

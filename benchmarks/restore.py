@@ -23,6 +23,7 @@ from harness import (
     interleave,
     peak_memory,
     sample,
+    settle,
 )
 
 from crash import restore_command
@@ -72,6 +73,7 @@ def _build(setting: Setting, place: Place, n_bytes: int, segments: int) -> None:
 
 
 def _once(setting: Setting, place: Place, name: str, largest: str, size: int) -> dict[str, Any]:
+    settle()
     if name == FLOOR:
         job = {
             "task": "fetch",

@@ -151,8 +151,12 @@ class Story:
 
 def main() -> int:
     if sys.argv[1:2] == ["--application"]:
-        with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
+        try:
             run_application(sys.argv[2], sys.argv[3], float(sys.argv[4]))
+        except walship.ReplicaError as error:
+            print(f"\napplication: {error}", file=sys.stderr)
+        except (KeyboardInterrupt, BrokenPipeError):
+            pass
         return 1
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=5.0, help="until the machine dies (5)")
@@ -214,7 +218,7 @@ def play(directory: Path, seconds: float, pause_s: float) -> int:
     application = Watched(database, replica, pause_s)
     try:
         if not watch(story, application, seconds):
-            print("\ndemo: the application ended by itself, see above", file=sys.stderr)
+            print("\ndemo: the application did not get going", file=sys.stderr)
             return 1
         story.chapter("Its machine dies")
         killed_at = application.kill()
@@ -255,16 +259,15 @@ def watch(story: Story, application: Watched, seconds: float) -> bool:
     """Show the application at work; False if it ended by itself."""
     deadline: float | None = None
     patience = time.monotonic() + 60
-    text = "starting ..."
     while application.process.poll() is None:
         now = time.monotonic()
         if deadline is None and application.taken:
             deadline = now + seconds
+        taken, safe = len(application.taken), application.safe
+        text = f"{taken:>7,} orders committed   {safe:>7,} of them known to be in the replica"
         if now > (deadline or patience):
             story.settle(text)
             return bool(application.taken)
-        taken, safe = len(application.taken), application.safe
-        text = f"{taken:>7,} orders committed   {safe:>7,} of them known to be in the replica"
         story.moving(text)
         time.sleep(0.1)
     return False

@@ -89,6 +89,9 @@ class Capture:
         self._known_end: tuple[WalSalts, int] | None = None
         # There is no WAL content that matters: everything is in the main file and sealed.
         self._wal_gone = False
+        #: Whether page 1 says WAL mode, as the VFS saw it last; before that nothing may be read,
+        #: for a reader would be in the way of switching to it.
+        self.in_wal_mode = False
         #: The WAL vanished without a clean close: its commits may be lost (`continuity` decides).
         self.suspect = False
         #: Why only a full copy can come next; None while the history is continuous.

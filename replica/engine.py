@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from .capture import Capture, TailLost
 from .clock import Clock, SystemClock
@@ -38,6 +39,10 @@ from .uploader import MAX_IN_FLIGHT, Uploader
 __all__ = ["Engine", "Status", "restore_if_missing"]
 
 log = logging.getLogger("walship")
+
+#: How long the last close waits for a copy of the database to end.  A longer one keeps SQLite from
+#: removing the WAL, which then simply stays.
+_VIEW_WAIT_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,6 +224,12 @@ class Engine:
         )
         self.capture.prove()
 
+    def note_wal_mode(self, in_wal_mode: bool) -> None:
+        """What page 1 says: nothing of ours opens the database before it is in WAL mode."""
+        if in_wal_mode != self.capture.in_wal_mode:
+            self.capture.in_wal_mode = in_wal_mode
+            self.uploader.ring()
+
     # -- for the VFS --------------------------------------------------------------------------
 
     def wait_ready(self) -> None:
@@ -269,7 +280,11 @@ class Engine:
             self.capture.drain()
         except ReplicaError as error:
             log.error("%s: %s", self.name, error)
-        self._port.close()
+        self._port.close(wait_s=_VIEW_WAIT_S)
+
+    def after_last_close(self) -> None:
+        """SQLite is done with the files: a copy that is still to be made may read them."""
+        self._port.open()
 
     def after_open(self) -> None:
         """A connection is opening: plain connections of our own are allowed again."""
@@ -396,6 +411,7 @@ class Engine:
     def release(self) -> None:
         """Give up files, connections and the lock at once, shipping nothing."""
         self._closed = True
+        self._port.remove_empty_wal()
         self._port.release()
         self.capture.close()
         with self.capture.mutex:

@@ -12,6 +12,7 @@ be an ``apsw.IOError``, or SQLite does not roll the transaction back.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import struct
@@ -141,6 +142,8 @@ class SqlitePort:
         self._probe_lock = threading.Lock()
         self._probe: apsw.Connection | None = None
         self._shut = False
+        # Held while a read view is open, so that the last close can let it end first.
+        self._view_lock = threading.Lock()
         self._watch = -1  # descriptor on the main file, for asking about locks only
         # Every connection of ours that may be open, for a forked child to close.
         self._owned: weakref.WeakSet[apsw.Connection] = weakref.WeakSet()
@@ -218,15 +221,18 @@ class SqlitePort:
         Args:
             observe: called with mxFrame while writers are kept out; must be quick.
         """
-        try:
-            reader = self._open()
-        except (apsw.CantOpenError, apsw.BusyError):
-            yield None
-            return
-        try:
-            yield self._mark(reader, observe)
-        finally:
-            reader.close(True)
+        with self._view_lock:
+            try:
+                reader = None if self._shut else self._open()
+            except (apsw.CantOpenError, apsw.BusyError):
+                reader = None
+            if reader is None:
+                yield None
+                return
+            try:
+                yield self._mark(reader, observe)
+            finally:
+                reader.close(True)
 
     def _mark(self, reader: apsw.Connection, observe: Callable[[int], None]) -> ReadView | None:
         locker, asker = self._open(), self._open()
@@ -251,13 +257,33 @@ class SqlitePort:
             locker.close(True)
             asker.close(True)
 
-    def close(self) -> None:
-        """Close the connections; nothing is checkpointed.  Safe to call twice, any thread."""
+    def close(self, wait_s: float = 0.0) -> None:
+        """Close the connections; nothing is checkpointed.  Safe to call twice, any thread.
+
+        Args:
+            wait_s: how long to wait for a read view to end; it is left alone then.
+        """
+        self._shut = True
+        if wait_s and self._view_lock.acquire(timeout=wait_s):
+            self._view_lock.release()
         with self._probe_lock:
             self._shut = True
             if self._probe is not None:
                 self._probe.close(True)
                 self._probe = None
+
+    def remove_empty_wal(self) -> None:
+        """Have SQLite remove an empty ``-wal`` that connections of ours brought into being."""
+        try:
+            if os.stat(self.path + "-wal").st_size == 0:
+                connection = apsw.Connection(
+                    self.path, flags=apsw.SQLITE_OPEN_READWRITE, vfs=_default_vfs()
+                )
+                with contextlib.suppress(apsw.Error):
+                    _read_once(connection)
+                connection.close(True)
+        except (OSError, apsw.Error):
+            return  # it is gone, or somebody else's by now
 
     def release(self) -> None:
         """Close everything for good; the descriptor for locks only where that harms nobody."""

@@ -344,6 +344,8 @@ class Uploader:
             return self._capture.take()
         if not self._capture.has_content():
             return None
+        if not self._capture.in_wal_mode:
+            raise ReplicaError("the database is not in WAL mode: run PRAGMA journal_mode=WAL")
         reason = self._capture.full_copy_reason
         sealed = self._capture.copy()
         if sealed is not None:
@@ -431,8 +433,7 @@ class Uploader:
             del self._slots[txid]
         if not acked:
             return
-        with self._capture.mutex:
-            self._capture.acknowledge(acked)
+        self._capture.acknowledge(acked)
         with self._changed:
             self._acked_txid = acked
             self._changed.notify_all()
@@ -492,8 +493,11 @@ class Uploader:
             FencedError: another writer's bytes lie under this TXID.
             StoreError: anything else.
         """
-        with self._capture.mutex:
-            body = self._capture.body(sealed)
+        body = self._capture.body(sealed)
+        if isinstance(body, bytes) and hashlib.sha256(body).hexdigest() != sealed.sha256:
+            raise ReplicaError(
+                f"the spool holds other bytes than were sealed as {sealed.txid:016x}"
+            )
         key = segment_key(self._store, 0, sealed.txid, sealed.txid)
         try:
             self._put(key, body, sealed)

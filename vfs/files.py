@@ -164,12 +164,19 @@ class MainFile(apsw.VFSFile):
     def xWrite(self, data: bytes, offset: int) -> None:
         # Checkpoints write here in WAL mode.  In any other mode every commit writes page 1, whose
         # header then does not say WAL: nothing of such a commit could be replicated.
-        if offset == 0 and len(data) >= 100 and bytes(data[18:20]) != _WAL_MODE:
-            raise RefusedError(
-                f"{self.engine.name} is not in WAL mode and cannot be replicated: run PRAGMA "
-                "journal_mode=WAL first (walship.connect does)"
-            )
+        if offset == 0 and len(data) >= 100:
+            if bytes(data[18:20]) != _WAL_MODE:
+                raise RefusedError(
+                    f"{self.engine.name} is not in WAL mode and cannot be replicated: run PRAGMA "
+                    "journal_mode=WAL first (walship.connect does)"
+                )
+            self.engine.note_wal_mode(True)
         _write(self, data, offset)
+
+    def look_at_header(self) -> None:
+        """Tell the engine whether an existing database is in WAL mode."""
+        if self.xFileSize() >= 100:
+            self.engine.note_wal_mode(bytes(self.xRead(100, 0))[18:20] == _WAL_MODE)
 
     def xClose(self) -> None:
         released, self._released = self._released, None

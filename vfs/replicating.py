@@ -178,6 +178,7 @@ class Registry:
             self._files[path].discard(file)
             if self._exiting or not self._is_unused(path, engine):
                 return
+        engine.after_last_close()
         drained = engine.drain(engine.settings.shutdown_sync_timeout_s)
         with self._lock:
             if not self._is_unused(path, engine):
@@ -293,6 +294,7 @@ class ReplicatingVFS(apsw.VFS):
             registry.abandon(path, engine)
             raise
         registry.add(path, file)
+        file.look_at_header()
         return file
 
     def xDelete(self, name: str, sync_directory: bool) -> None:

@@ -131,6 +131,24 @@ def test_demo_notices_wrong_content(tmp_path: Path) -> None:
     assert "WRONG" in done.stdout
 
 
+def test_demo_without_a_store(tmp_path: Path) -> None:
+    """A store that cannot be reached is two lines, not a traceback, and exit code 1."""
+    (port,) = free_ports(1)
+    more = {
+        "BUCKET_NAME": "nowhere",
+        "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port}",
+        "AWS_REGION": "auto",
+        "AWS_ACCESS_KEY_ID": "k",
+        "AWS_SECRET_ACCESS_KEY": "s",
+    }
+    done = run_demo(tmp_path, **more)
+    assert done.returncode == 1, done.stdout
+    first, second = (line for line in done.stderr.splitlines() if line)
+    assert first.startswith("application: ")
+    assert str(port) in first
+    assert second == "demo: the application did not get going"
+
+
 def test_demo_leaves_other_directories_alone(tmp_path: Path) -> None:
     """A directory that holds something else is refused with one line and not emptied."""
     (tmp_path / "mine").mkdir()
