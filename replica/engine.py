@@ -104,6 +104,7 @@ class Engine:
         self._clock = clock
         self._store = store
         self._spool = spool
+        spool.max_bytes = settings.max_spool_bytes
         self._port = SqlitePort(self.path)
         self.capture = Capture(
             self.path,
@@ -228,7 +229,7 @@ class Engine:
         """What page 1 says: nothing of ours opens the database before it is in WAL mode."""
         if in_wal_mode != self.capture.in_wal_mode:
             self.capture.in_wal_mode = in_wal_mode
-            self.uploader.ring()
+            self.uploader.retry_now()
 
     # -- for the VFS --------------------------------------------------------------------------
 

@@ -103,16 +103,14 @@ DATABASE_KEYS: Final[Mapping[str, Parser]] = {
     "busy-timeout": parse_duration,
     "open-timeout": parse_duration,
     "shutdown-sync-timeout": parse_duration,
-    "shutdown-sync-interval": parse_duration,
     "max-sync-wal-bytes": parse_size,
     "page-size": parse_int,
     "page-encoding": parse_choice("block", "frame"),
     "adopt": parse_bool,
     "spool-full": parse_choice("resync", "block", "fail"),
     "spool-full-timeout": parse_duration,
-    "checkpoint-interval": parse_duration,
     "min-checkpoint-page-count": parse_int,
-    "truncate-page-n": parse_int,
+    "max-spool-bytes": parse_size,
 }
 
 _NOT_YET_DIRECTORY: Final = "not yet: name each database with `path`"
@@ -121,6 +119,7 @@ _NOT_YET_DIRECTORY: Final = "not yet: name each database with `path`"
 WITHOUT_EFFECT: Final[Mapping[str, str]] = {
     "addr": "not yet: there is no metrics server",
     "auto-recover": "not yet: a resync is a full snapshot at the next TXID",
+    "checkpoint-interval": "SQLite checkpoints by itself, and nothing holds it back",
     "exec": "the application itself is the process",
     "heartbeat-interval": "not yet",
     "heartbeat-url": "not yet",
@@ -134,10 +133,12 @@ WITHOUT_EFFECT: Final[Mapping[str, str]] = {
     "name": "a database has one replica",
     "retention": "not yet: segments are neither compacted nor removed",
     "retention-check-interval": "not yet: segments are neither compacted nor removed",
+    "shutdown-sync-interval": "failed uploads are repeated with growing pauses",
     "snapshot": "not yet: segments are neither compacted nor removed",
     "snapshot-interval": "not yet: segments are neither compacted nor removed",
     "socket": "not yet: there is no control socket",
     "sse-customer-key-md5": "the digest is computed from the key",
+    "truncate-page-n": "SQLite checkpoints by itself, and nothing holds it back",
     "validation": "not yet",
     "validation-interval": "not yet",
     "verify-compaction": "not yet: segments are neither compacted nor removed",
@@ -180,7 +181,6 @@ class DatabaseSettings:
         busy_timeout_s: SQLite's own, for connections made by ``connect``.
         open_timeout_s: how long opening waits for the replica's answer, seconds.
         shutdown_sync_timeout_s: how long the last close waits for uploads, seconds.
-        shutdown_sync_interval_s: pause between upload attempts then, seconds.
         max_sync_wal_bytes: WAL bytes that go into one segment unless a single transaction is
             larger; 0 for no limit.
         page_size: for databases that are made new, or None for SQLite's default.
@@ -190,9 +190,9 @@ class DatabaseSettings:
         spool_full: what a checkpoint does when the local spool cannot be written: "resync" lets
             the WAL go and ships a full copy later, "block" waits, then fails, "fail" fails.
         spool_full_timeout_s: how long "block" waits, seconds.
-        checkpoint_interval_s: seconds; a changed WAL is checkpointed this often; 0 for never.
-        min_checkpoint_page_count: WAL pages from which on a checkpoint is tried.
-        truncate_page_n: WAL pages from which on the WAL is truncated; 0 or less for never.
+        max_spool_bytes: how large the local spool may grow before it counts as full; 0: no limit.
+        min_checkpoint_page_count: WAL pages from which on a commit also checkpoints; SQLite's
+            ``wal_autocheckpoint`` of connections made by ``connect``.
     """
 
     path: Path
@@ -202,16 +202,14 @@ class DatabaseSettings:
     busy_timeout_s: float = 5.0
     open_timeout_s: float = 10.0
     shutdown_sync_timeout_s: float = 30.0
-    shutdown_sync_interval_s: float = 0.5
     max_sync_wal_bytes: int = 64 * _MIB
     page_size: int | None = None
     page_encoding: Literal["block", "frame"] = "block"
     adopt: bool = False
     spool_full: Literal["resync", "block", "fail"] = "resync"
     spool_full_timeout_s: float = 30.0
-    checkpoint_interval_s: float = 60.0
+    max_spool_bytes: int = 0
     min_checkpoint_page_count: int = 1000
-    truncate_page_n: int = 121_359
 
 
 # --- names ----------------------------------------------------------------------------------------

@@ -276,6 +276,8 @@ class Spool:
 
     def __init__(self, directory: Path, lock_fd: int) -> None:
         self.directory = directory
+        #: Sealed bytes from which on the spool counts as full; 0 for no limit.
+        self.max_bytes = 0
         self._lock_fd = lock_fd
         self._state = State()
         self._journal: _Journal | None = None
@@ -401,6 +403,8 @@ class Spool:
     ) -> None:
         file: str | None = None
         pieces: Sequence[Any] = ()
+        if kind is _Kind.PIECE and 0 < self.max_bytes < self._state.pending_bytes:
+            raise SpoolError(f"the spool in {self.directory} is full (max-spool-bytes)")
         if isinstance(body, str):
             file = body
             with _local_errors(self.directory):

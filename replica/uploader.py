@@ -164,6 +164,11 @@ class Uploader:
         with contextlib.suppress(RuntimeError):  # it is awake already
             self._wake.release()
 
+    def retry_now(self) -> None:
+        """What was in the way is gone: do not sit out the pause."""
+        self._retry_at = float("-inf")
+        self.ring()
+
     def request_sync(self) -> int:
         """Ask that everything committed so far be sent at once; a ticket for `wait`."""
         with self._changed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import apsw
 from walship.replica.config import database_settings, default_replica, load_config
 from walship.replica.engine import Engine, Status, restore_if_missing
 from walship.replica.errors import ClosedError, ConfigError, ReplicaError
+from walship.replica.settings import DatabaseSettings, ReplicaSettings
 from walship.replica.sqlite import RefusedError, require_sqlite
 
 from .replicating import VFS_NAME, canonical, install, registry
@@ -114,18 +116,7 @@ def connect(
     """
     require_sqlite()
     name = canonical(path)
-    given = dict(settings)
-    if restore is not None:
-        given["restore"] = restore
-    if busy_timeout is not None:
-        given["busy_timeout"] = busy_timeout
-    found = registry.settings_for(name)
-    if found is None or replica is not None or given:
-        if replica is None and found is not None and found.replica is not None:
-            raise ConfigError(
-                f"{name} is configured already: give its settings together with its replica"
-            )
-        found = database_settings(name, default_replica() if replica is None else replica, **given)
+    found = _settings(name, replica, restore, page_size, busy_timeout, settings)
     if found.replica is not None:
         registry.configure(found)
         if found.restore == "if-missing" and registry.engine(name) is None:
@@ -134,11 +125,54 @@ def connect(
     connection = Connection(name, flags=flags, vfs=VFS_NAME)
     try:
         connection.set_busy_timeout(int(found.busy_timeout_s * 1000))
-        _prepare(connection, name, page_size)
+        connection.wal_autocheckpoint(found.min_checkpoint_page_count)
+        _prepare(connection, name, found.page_size)
     except BaseException:
         connection.close(True)
         raise
     return connection
+
+
+def _settings(
+    name: str,
+    replica: ReplicaLike | None,
+    restore: Literal["if-missing", "never"] | None,
+    page_size: int | None,
+    busy_timeout: float | None,
+    settings: dict[str, Any],
+) -> DatabaseSettings:
+    """What was configured for the path, or what these arguments say."""
+    configured = registry.settings_for(name)
+    given = dict(settings)
+    if restore is not None:
+        given["restore"] = restore
+    if configured is None or replica is not None:
+        if replica is None and not _names_replica(given):
+            replica_settings: ReplicaLike | ReplicaSettings | None = default_replica()
+        else:
+            replica_settings = replica
+        found = database_settings(name, replica_settings, **given)
+    elif given:
+        raise ConfigError(
+            f"{name} is configured already: give {', '.join(sorted(given))} together with its "
+            "replica"
+        )
+    else:
+        found = configured
+    own = {"page_size": page_size, "busy_timeout": busy_timeout}
+    read = database_settings(
+        name, **{key: value for key, value in own.items() if value is not None}
+    )
+    if page_size is not None:
+        found = replace(found, page_size=read.page_size)
+    if busy_timeout is not None:
+        found = replace(found, busy_timeout_s=read.busy_timeout_s)
+    return found
+
+
+def _names_replica(given: Mapping[str, Any]) -> bool:
+    """Whether keywords alone say where the replica is."""
+    return any(name in given for name in ("url", "bucket"))
 
 
 def _prepare(connection: Connection, name: str, page_size: int | None) -> None:

@@ -33,7 +33,7 @@ def _prepared(database: Database, stores: Stores) -> walship.Connection:
     connection.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, b BLOB)")
     _commit(connection, 0)
     database.sync()
-    stores.block()
+    stores.block(("put", "get", "delete"))
     stores.threads.clear()
     return connection
 
@@ -218,10 +218,10 @@ class _FullDisk:
         self.full = False
         append = Spool._append
 
-        def failing(spool: Spool, *args: object) -> None:
+        def failing(spool: Spool, *args: object, **keywords: object) -> None:
             if self.full:
                 raise SpoolError("cannot write the spool: No space left on device")
-            append(spool, *args)  # type: ignore[arg-type]
+            append(spool, *args, **keywords)  # type: ignore[arg-type]
 
         monkeypatch.setattr(Spool, "_append", failing)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ class Stores:
         self.opened: list[FaultyStore] = []
         self.threads: set[int] = set()
         self._open_store = engine_module.open_store
-        self.blocked = False
+        self.blocked: Sequence[str] = ()
         self.before = 0.0
         self.after = 0.0
         monkeypatch.setattr(engine_module, "open_store", self._open)
@@ -152,7 +152,7 @@ class Stores:
         store = _Watched(self._open_store(settings, clock), self)
         store.before, store.after = self.before, self.after
         if self.blocked:
-            store.block()
+            store.block(self.blocked)
         self.opened.append(store)
         return store
 
@@ -161,15 +161,15 @@ class Stores:
         """The store that was opened last."""
         return self.opened[-1]
 
-    def block(self) -> None:
-        """No store answers any more, those opened from now on included."""
-        self.blocked = True
+    def block(self, operations: Sequence[str] = ("put", "get", "head", "list", "delete")) -> None:
+        """No store answers these requests any more, those opened from now on included."""
+        self.blocked = operations
         for store in self.opened:
-            store.block()
+            store.block(operations)
 
     def release(self) -> None:
         """All answer again."""
-        self.blocked = False
+        self.blocked = ()
         for store in self.opened:
             store.release()
 

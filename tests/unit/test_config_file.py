@@ -157,9 +157,8 @@ dbs:
     restore-if-db-not-exists: false
     max-sync-wal-bytes: 1MiB
     page-encoding: frame
-    checkpoint-interval: 5m
+    max-spool-bytes: 10MB
     min-checkpoint-page-count: 10
-    truncate-page-n: -1
     replica: s3://b/a
 """
     (database,) = load(text).databases
@@ -168,9 +167,8 @@ dbs:
     assert database.restore == "never"
     assert database.max_sync_wal_bytes == 1024 * 1024
     assert database.page_encoding == "frame"
-    assert database.checkpoint_interval_s == 300.0
+    assert database.max_spool_bytes == 10 * 1000 * 1000
     assert database.min_checkpoint_page_count == 10
-    assert database.truncate_page_n == -1
 
 
 def test_values_stay_as_written(load: Load) -> None:

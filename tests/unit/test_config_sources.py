@@ -327,7 +327,6 @@ def test_database_defaults() -> None:
     assert settings.busy_timeout_s == 5.0
     assert settings.open_timeout_s == 10.0
     assert settings.shutdown_sync_timeout_s == 30.0
-    assert settings.shutdown_sync_interval_s == 0.5
     assert settings.max_sync_wal_bytes == 64 * MIB
 
 
@@ -340,13 +339,11 @@ def test_database_defaults() -> None:
         ("busy_timeout", "250ms", "busy_timeout_s", 0.25),
         ("open_timeout", 3, "open_timeout_s", 3.0),
         ("shutdown_sync_timeout", 0, "shutdown_sync_timeout_s", 0.0),
-        ("shutdown_sync_interval", "1s", "shutdown_sync_interval_s", 1.0),
         ("max_sync_wal_bytes", "1MiB", "max_sync_wal_bytes", MIB),
         ("page_size", 8192, "page_size", 8192),
         ("page_encoding", "frame", "page_encoding", "frame"),
-        ("checkpoint_interval", "5m", "checkpoint_interval_s", 300.0),
         ("min_checkpoint_page_count", 10, "min_checkpoint_page_count", 10),
-        ("truncate_page_n", -1, "truncate_page_n", -1),
+        ("max_spool_bytes", "1MiB", "max_spool_bytes", MIB),
         ("adopt", "yes", "adopt", True),
         ("spool_full", "block", "spool_full", "block"),
         ("spool_full_timeout", "5s", "spool_full_timeout_s", 5.0),
