@@ -45,6 +45,8 @@ BACKOFF_FIRST_S: Final = 0.2
 BACKOFF_LONGEST_S: Final = 30.0
 #: Waits after a refusal that needs a person (credentials, a missing bucket), in seconds.
 BACKOFF_REFUSED_S: Final = 10.0
+#: How long closing waits for the scheduling thread, seconds.
+_JOIN_S: Final = 0.5
 #: Pieces are merged while they cannot be sent, once there are more than this many.
 MERGE_PIECES: Final = 64
 
@@ -256,16 +258,21 @@ class Uploader:
 
     def run(self) -> None:
         """Step and wait for the bell until `stop`."""
-        while not self._stopping:
+        while not self._ends():
             try:
                 delay = self.step(self._clock.monotonic())
             except ReplicaError as error:
                 delay = self._failed(error)
             except Exception:
+                if self._ends():
+                    return  # what it worked on was closed under it
                 log.exception("%s: unexpected error in the uploader", self._name)
                 delay = self._failed(ReplicaError("unexpected error, see the log"))
             if delay > 0:
                 self._wake.acquire(timeout=delay)
+
+    def _ends(self) -> bool:
+        return self._stopping
 
     def stop(self) -> None:
         """End the threads without waiting for requests; what is frozen stays in the spool."""
@@ -276,7 +283,8 @@ class Uploader:
         for _ in self._workers:
             self._requests.put(None)
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout=5)
+            # It may be waiting for the store's answer; what it then finds closed ends it.
+            self._thread.join(timeout=_JOIN_S)
 
     # -- the scheduling thread ----------------------------------------------------------------
 

@@ -159,7 +159,7 @@ def _settings(
         )
     else:
         found = configured
-    own = {"page_size": page_size, "busy_timeout": busy_timeout}
+    own: dict[str, Any] = {"page_size": page_size, "busy_timeout": busy_timeout}
     read = database_settings(
         name, **{key: value for key, value in own.items() if value is not None}
     )
