@@ -53,7 +53,7 @@ CASES: Sequence[tuple[str, str, float, float, float]] = (
 def run(setting: Setting) -> list[Row]:
     rows = []
     for interval, how, delay_ms, p50, p99 in CASES:
-        seconds = setting.pick(10 if interval == "1s" else 5, 2)
+        seconds = setting.pick(10 if interval == "1s" else 5, 1.5)
         results = interleave(
             setting,
             _BOTH,

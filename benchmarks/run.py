@@ -42,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     results = HERE / "results"
     results.mkdir(exist_ok=True)
-    rounds = options.rounds or (2 if options.quick else 5)
-    crash_rounds = options.crash_rounds or (5 if options.quick else 100)
+    rounds = options.rounds or (1 if options.quick else 5)
+    crash_rounds = options.crash_rounds or (4 if options.quick else 100)
     about = machine()
     for name, value in about.items():
         print(f"{name}: {value}")
@@ -90,7 +90,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(TOPICS))
     parser.add_argument(
-        "--quick", action="store_true", help="small sizes, 2 rounds: for development only"
+        "--quick", action="store_true", help="small sizes, 1 round: for development only"
     )
     parser.add_argument("--rounds", type=int, help="rounds of every contestant (default 5)")
     parser.add_argument("--crash-rounds", type=int, help="kills for walship (default 100)")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -287,17 +288,15 @@ def idle(job: Job) -> Job:
 
 
 def filler(size: int, seed: int = 0) -> Callable[[], bytes]:
-    """Rows of ``size`` bytes of which about 69 % is noise: LZ4 leaves about that much of them."""
+    """Rows of ``size`` bytes of which about 69 % is noise: LZ4 leaves about that much of them.
+
+    A thousand are made beforehand and taken in turn, so that making them costs the application
+    nothing; no two of them share a page's worth of bytes.
+    """
     rng = random.Random(seed)
-    noise = rng.randbytes(1 << 20)
     n_noise = int(size * 0.69)
     text = (b"the quick brown fox jumps over the lazy dog " * (size // 40 + 1))[: size - n_noise]
-
-    def make() -> bytes:
-        at = rng.randrange(len(noise) - n_noise)
-        return rng.randbytes(16) + noise[at + 16 : at + n_noise] + text
-
-    return make
+    return itertools.cycle([rng.randbytes(n_noise) + text for _ in range(1000)]).__next__
 
 
 def load(db: apsw.Connection, make: Callable[[], bytes], n_bytes: int, row_bytes: int) -> None:

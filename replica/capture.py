@@ -138,7 +138,10 @@ class Capture:
             if unchanged:
                 self._wal_gone = True
                 return None
-            self.suspect = state.position is not None and state.position.frame > 0
+            # Whoever checkpointed the WAL wrote to the main file after our last record.
+            main = _fingerprint(self.path)
+            written = main is not None and main.mtime_ns > self._spool.found_mtime_ns
+            self.suspect = state.position is not None and state.position.frame > 0 and not written
             return "the database file was changed while walship was away"
         for candidate in (state.position, state.previous):
             if candidate is None or candidate.salts != header.salts:

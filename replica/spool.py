@@ -282,6 +282,8 @@ class Spool:
         self._state = State()
         self._journal: _Journal | None = None
         self._next_file = 1
+        #: When an earlier process wrote its last record, ns since the epoch; 0 without one.
+        self.found_mtime_ns = 0
 
     @classmethod
     def open(cls, directory: Path) -> Spool:
@@ -533,6 +535,7 @@ class Spool:
         for leftover in self.directory.glob("*.tmp"):
             leftover.unlink()
         if path.exists():
+            self.found_mtime_ns = path.stat().st_mtime_ns
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             try:
                 state, end = _replay(fd)

@@ -25,7 +25,13 @@ from typing import Final, Protocol
 
 from .capture import Capture
 from .clock import Clock
-from .errors import ObjectNotFound, PreconditionFailed, ReplicaError, StoreError
+from .errors import (
+    ContinuityError,
+    ObjectNotFound,
+    PreconditionFailed,
+    ReplicaError,
+    StoreError,
+)
 from .format.types import format_txid
 from .spool import Sealed
 from .sqlite import FencedError
@@ -45,6 +51,8 @@ BACKOFF_FIRST_S: Final = 0.2
 BACKOFF_LONGEST_S: Final = 30.0
 #: Waits after a refusal that needs a person (credentials, a missing bucket), in seconds.
 BACKOFF_REFUSED_S: Final = 10.0
+#: Pause before a full copy is tried again that writers were in the way of, seconds.
+_COPY_RETRY_S: Final = 0.01
 #: How long closing waits for the scheduling thread, seconds.
 _JOIN_S: Final = 0.5
 #: Pieces are merged while they cannot be sent, once there are more than this many.
@@ -262,10 +270,12 @@ class Uploader:
             try:
                 delay = self.step(self._clock.monotonic())
             except ReplicaError as error:
+                if self._ends():
+                    return  # what it worked on was closed under it
                 delay = self._failed(error)
             except Exception:
                 if self._ends():
-                    return  # what it worked on was closed under it
+                    return
                 log.exception("%s: unexpected error in the uploader", self._name)
                 delay = self._failed(ReplicaError("unexpected error, see the log"))
             if delay > 0:
@@ -336,6 +346,8 @@ class Uploader:
             self._dirty_since = since if since is not None else now
             raise
         if sealed is not None:
+            if not self._failures:
+                self._progress.last_error = None
             self._slots[sealed.txid] = _Slot(sealed, since if since is not None else now)
             self._last_send = now
             self._send_waiting()
@@ -343,9 +355,11 @@ class Uploader:
                 self.dirty = True
                 return 0.0
         elif self._capture.full_copy_reason is not None and self._capture.has_content():
-            # Writers were in the way of the copy.
             self._dirty_since = since if since is not None else now
-            return 0.01
+            if not self._capture.in_wal_mode:
+                self._progress.last_error = "not in WAL mode: run PRAGMA journal_mode=WAL"
+                return TICK_S
+            return _COPY_RETRY_S  # writers were in the way
         with self._changed:
             self._covered_ticket = ticket
             self._covered_txid = self._capture.state.txid
@@ -355,10 +369,8 @@ class Uploader:
     def _next_segment(self) -> Sealed | None:
         if self._capture.full_copy_reason is None:
             return self._capture.take()
-        if not self._capture.has_content():
+        if not self._capture.has_content() or not self._capture.in_wal_mode:
             return None
-        if not self._capture.in_wal_mode:
-            raise ReplicaError("the database is not in WAL mode: run PRAGMA journal_mode=WAL")
         reason = self._capture.full_copy_reason
         sealed = self._capture.copy()
         if sealed is not None:
@@ -378,9 +390,7 @@ class Uploader:
     def _do_reconcile(self) -> None:
         try:
             self._reconcile()
-        except StoreError:
-            raise
-        except ReplicaError as error:
+        except ContinuityError as error:
             self._give_up(error)
             raise
         state = self._capture.state

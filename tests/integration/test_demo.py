@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+import walship
 from support.servers import S3Endpoint, free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -272,3 +274,102 @@ def test_readme_opens_with_the_example() -> None:
     first = re.search(r"```python\n(.*?)```", readme, re.DOTALL)
     assert first is not None
     assert first[1] == (EXAMPLES / "fastapi_app.py").read_text()
+
+
+# --- what README and docs say --------------------------------------------------------------------
+
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_five_lines_run(tmp_path: Path) -> None:
+    """The README's five-line example runs, here with a directory in place of the bucket, and the
+    restore below it brings the row back."""
+    readme = (ROOT / "README.md").read_text()
+    section = readme.split("## In five lines\n")[1].split("\n## ")[0]
+    lines = [line[4:] for line in section.splitlines() if line.startswith("    ")]
+    assert len(lines) == 5
+    restore = re.search(r"^    walship\.restore\(.*\)$", readme, re.MULTILINE)
+    assert restore is not None
+    program = "\n".join([*lines, "db.close()", restore[0].strip()])
+    done = subprocess.run(
+        [sys.executable, "-c", program.replace("s3://my-bucket/app", str(tmp_path / "replica"))],
+        cwd=tmp_path,
+        env=environment({}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    with contextlib.closing(sqlite3.connect(tmp_path / "copy.db")) as db:
+        assert db.execute("select x from t").fetchall() == [(42,)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_links_lead_somewhere(page: Path) -> None:
+    """Every relative link of a page names a file that is there."""
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def test_every_public_error_is_described() -> None:
+    """docs/errors.md has each public exception, and the exit codes are those of ``walship -h``."""
+    page = (ROOT / "docs" / "errors.md").read_text()
+    for name in walship.__all__:
+        thing = getattr(walship, name)
+        if isinstance(thing, type) and issubclass(thing, walship.ReplicaError):
+            assert f"`{name}`" in page, name
+    shown = subprocess.run(
+        [sys.executable, "-m", "walship.cli", "restore", "-h"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout
+    codes = re.findall(r"^  (\d+) ", shown.split("exit codes:")[1], re.MULTILINE)
+    assert len(codes) >= 8
+    rows = re.findall(r"^\| ([\d, ]+) \|", page, re.MULTILINE)
+    listed = [code for row in rows for code in row.split(", ")]
+    assert set(codes) <= set(listed)
+
+
+def test_make_finds_a_python_that_is_new_enough(tmp_path: Path) -> None:
+    """A Python that is too old, or a version manager's command without a version behind it, is
+    passed over; without any other the message says what to install."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, script in {
+        "python3.14": "echo 'pyenv: python3.14: command not found' >&2; exit 127",
+        "python3.12": "exit 1",
+        "python3": "exit 1",
+    }.items():
+        (commands / name).write_text(f"#!/bin/sh\n{script}\n")
+        (commands / name).chmod(0o755)
+    tree = tmp_path / "tree"
+    (tree / ".ci").mkdir(parents=True)
+    shutil.copy(ROOT / ".ci" / "environment", tree / ".ci")
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    for tool in ("sh", "dirname", "cksum", "cat", "rm"):
+        (commands / tool).symlink_to(shutil.which(tool) or tool)
+
+    def make() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [tree / ".ci" / "environment", "venv"],
+            env={"PATH": str(commands)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    done = make()
+    assert done.returncode == 1
+    assert "Python 3.11 or newer with the venv module is needed" in done.stderr
+    # One that fits is chosen, whatever stands before it on the list.  It makes no environment here.
+    fitting = 'case "$*" in *ensurepip*) exit 0;; "-V") echo Python 3.11.0;; *) exit 9;; esac'
+    (commands / "python3.11").write_text(f"#!/bin/sh\n{fitting}\n")
+    (commands / "python3.11").chmod(0o755)
+    done = make()
+    assert done.returncode == 9
+    assert done.stderr.strip() == "Making venv with Python 3.11.0 ..."
