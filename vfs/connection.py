@@ -16,7 +16,8 @@ from walship.replica.errors import ClosedError, ConfigError, ReplicaError
 from walship.replica.settings import DatabaseSettings, ReplicaSettings
 from walship.replica.sqlite import RefusedError, require_sqlite
 
-from .replicating import VFS_NAME, canonical, install, registry
+from .registry import VFS_NAME, canonical, registry
+from .replicating import install
 
 __all__ = ["Connection", "Replication", "configure", "connect", "replication"]
 

@@ -140,6 +140,25 @@ class MainFile(apsw.VFSFile):
             # It was not the last close after all, only an exclusive moment.
             self._forgive(self.engine.after_open)
 
+    def drain_before_delete(self) -> None:
+        """The ``-wal`` is about to be deleted by the last close.
+
+        Raises:
+            apsw.IOError: it must stay, because the spool cannot take what it holds.
+        """
+        try:
+            self.engine.gate_discard(self.read)
+        except BaseException as error:
+            raise _as_io_error(error, "the write-ahead log could not be drained") from error
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes of the file, zeros past its end; only in the thread that uses this connection."""
+        size = self.xFileSize()
+        if offset >= size:
+            return bytes(length)
+        data = self.xRead(min(length, size - offset), offset)
+        return bytes(data).ljust(length, b"\0")
+
     def _forgive(self, action: Callable[[], None]) -> None:
         """Run a notice whose failure the gate will meet again; it must not fail SQLite's call."""
         try:
@@ -206,7 +225,7 @@ class WalFile(apsw.VFSFile):
     def xWrite(self, data: bytes, offset: int) -> None:
         try:
             if offset == 0:
-                self._engine.gate_restart(bytes(data), self._read_main)
+                self._engine.gate_restart(bytes(data), self._main.read)
             elif self._engine.refusal is not None and len(data) == _FRAME_HEADER_SIZE:
                 self._refuse_commit(data)
             _write(self, data, offset)
@@ -222,7 +241,7 @@ class WalFile(apsw.VFSFile):
     def xTruncate(self, size: int) -> None:
         try:
             if size == 0:
-                self._engine.gate_discard(self._read_main)
+                self._engine.gate_discard(self._main.read)
             _truncate(self, size)
         except BaseException as error:
             raise _as_io_error(error, "the write-ahead log could not be truncated") from error
@@ -236,14 +255,6 @@ class WalFile(apsw.VFSFile):
             _sync_descriptor(self._fd)
         except BaseException as error:
             raise _as_io_error(error, "the write-ahead log could not be synced") from error
-
-    def _read_main(self, offset: int, length: int) -> bytes:
-        """The main file through this connection's own file object, in this thread."""
-        size = self._main.xFileSize()
-        if offset >= size:
-            return bytes(length)
-        data = self._main.xRead(min(length, size - offset), offset)
-        return bytes(data).ljust(length, b"\0")
 
     def xClose(self) -> None:
         if self._fd >= 0:

@@ -1,262 +1,27 @@
-"""Registration of the VFS, and which engine serves which path.
+"""The VFS itself: routes each file that SQLite opens to its shim.
 
-`ReplicatingVFS.xOpen` routes by the flags SQLite opens a file with: the main file of a database
-that has a replica becomes a `MainFile`, its ``-wal`` a `WalFile`; everything else (temporary files,
-databases nobody configured) passes straight through.  One engine serves all connections of the
-process to one path.
+The main file of a database that has a replica becomes a `MainFile`, its ``-wal`` a `WalFile`;
+everything else (temporary files, databases nobody configured) passes straight through.
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import logging
-import os
-import sys
 import threading
-from collections import Counter
-from collections.abc import Callable
 from typing import Any, Final
 
 import apsw
 
 from walship.replica.clock import SystemClock
 from walship.replica.config import database_settings
-from walship.replica.engine import Engine, restore_if_missing
-from walship.replica.errors import ConfigError, ReplicaError
-from walship.replica.settings import DatabaseSettings
-from walship.replica.sqlite import RefusedError, connections_to
+from walship.replica.engine import Engine
+from walship.replica.sqlite import RefusedError
 
 from .files import MainFile, WalFile, latest_main_file
+from .registry import VFS_NAME, registry
 
-__all__ = ["VFS_NAME", "Registry", "ReplicatingVFS", "registry"]
+__all__ = ["ReplicatingVFS", "install"]
 
-log = logging.getLogger("walship")
-
-VFS_NAME: Final = "walship"
-#: Longest that all databases together may take to drain when the interpreter exits, seconds.
-_EXIT_DRAIN_S: Final = 30.0
-_UNSAFE_PARAMETERS: Final = ("vfs", "immutable", "nolock")
-
-
-class Registry:
-    """Which paths are replicated, and the engines that serve them.  Thread-safe."""
-
-    def __init__(self) -> None:
-        # Guards the dictionaries; held while an engine is opened, so that there is only one.
-        self._lock = threading.RLock()
-        self._settings: dict[str, DatabaseSettings] = {}
-        self._resolver: Callable[[str], DatabaseSettings | None] | None = None
-        self._engines: dict[str, Engine] = {}
-        self._files: dict[str, set[MainFile]] = {}
-        # Connections between `acquire` and `add`: they keep an engine alive too.
-        self._opening: Counter[str] = Counter()
-        self._poisoned: set[str] = set()
-        self._guarded = False
-        self._exiting = False
-
-    # -- configuration ------------------------------------------------------------------------
-
-    def configure(self, settings: DatabaseSettings) -> None:
-        """Settings for connections to ``settings.path`` that are opened from now on.
-
-        Raises:
-            ConfigError: the path is open with another replica.
-        """
-        path = canonical(settings.path)
-        with self._lock:
-            engine = self._engines.get(path)
-            if engine is not None and not same_replica(engine.settings, settings):
-                raise ConfigError(
-                    f"{path} is open and shipped to {engine.status().replica}: close it before "
-                    "giving it another replica"
-                )
-            self._settings[path] = settings
-
-    def settings_for(self, path: str) -> DatabaseSettings | None:
-        """What is configured for a canonical path, or None."""
-        with self._lock:
-            return self._settings.get(path)
-
-    def engine(self, path: str) -> Engine | None:
-        """The engine that serves a path now, or None."""
-        with self._lock:
-            return self._engines.get(canonical(path))
-
-    def engines(self) -> list[Engine]:
-        """All engines at work."""
-        with self._lock:
-            return list(self._engines.values())
-
-    # -- connections --------------------------------------------------------------------------
-
-    def acquire(self, path: str) -> Engine | None:
-        """The engine for a connection that is opening ``path``; None if it is not replicated.
-
-        Raises:
-            RefusedError: it must not be opened here.
-            ReplicaError: its replica cannot be used.
-        """
-        with self._lock:
-            if path in self._poisoned:
-                raise RefusedError(
-                    f"{path} was open when this process was forked: open databases after the fork"
-                )
-            engine = self._engines.get(path)
-            if engine is None:
-                settings = self._settings.get(path)
-                if settings is None or settings.replica is None:
-                    return None
-                self._guard()
-                refuse_foreign_library(path)
-                if settings.restore == "if-missing":
-                    restore_if_missing(settings)
-                engine = Engine.open(settings, SystemClock())
-                self._refuse_shared_replica(engine)
-                self._engines[path] = engine
-                self._files[path] = set()
-            else:
-                engine.after_open()
-            self._opening[path] += 1
-        try:
-            engine.wait_ready()
-        except BaseException:
-            self.abandon(path, engine)
-            raise
-        return engine
-
-    def abandon(self, path: str, engine: Engine) -> None:
-        """A connection that called `acquire` could not be opened."""
-        with self._lock:
-            self._opening[path] -= 1
-            if not self._is_unused(path, engine):
-                return
-            self._forget(path)
-        engine.uploader.stop()
-        engine.release()
-
-    def _is_unused(self, path: str, engine: Engine) -> bool:
-        return (
-            self._engines.get(path) is engine and not self._files[path] and not self._opening[path]
-        )
-
-    def _forget(self, path: str) -> None:
-        del self._engines[path], self._files[path], self._opening[path]
-
-    def _refuse_shared_replica(self, engine: Engine) -> None:
-        for other in self._engines.values():
-            if other.status().replica == engine.status().replica:
-                engine.uploader.stop()
-                engine.release()
-                raise ConfigError(
-                    f"{engine.path} and {other.path} may not share one replica "
-                    f"({other.status().replica}): give each its own path"
-                )
-
-    def add(self, path: str, file: MainFile) -> None:
-        """A connection to ``path`` is open; ``file`` is its main file."""
-        with self._lock:
-            self._opening[path] -= 1
-            self._files[path].add(file)
-        file.is_last = lambda: len(self._files.get(path, ())) == 1
-
-    def main_file(self, path: str) -> MainFile | None:
-        """Some open main file of ``path`` (SQLite opens the WAL in the thread that uses it)."""
-        with self._lock:
-            files = self._files.get(path)
-            return next(iter(files)) if files else None
-
-    def remove(self, path: str, file: MainFile) -> None:
-        """A connection was closed; the last one drains, up to shutdown-sync-timeout.
-
-        Nobody is kept waiting meanwhile: a connection that opens the path now keeps the engine.
-        """
-        with self._lock:
-            engine = self._engines.get(path)
-            if engine is None:
-                return
-            self._files[path].discard(file)
-            if self._exiting or not self._is_unused(path, engine):
-                return
-        engine.after_last_close()
-        drained = engine.drain(engine.settings.shutdown_sync_timeout_s)
-        with self._lock:
-            if not self._is_unused(path, engine):
-                return
-            self._forget(path)
-            engine.close(drained)
-
-    # -- the rest of the process --------------------------------------------------------------
-
-    def _guard(self) -> None:
-        """Once per process: exit handler, fork handlers, and the hook that sees ``sqlite3``."""
-        if self._guarded:
-            return
-        self._guarded = True
-        atexit.register(self._at_exit)
-        os.register_at_fork(
-            before=self._before_fork,
-            after_in_parent=self._after_fork_in_parent,
-            after_in_child=self._after_fork_in_child,
-        )
-        sys.addaudithook(self._audit)
-
-    def _audit(self, event: str, args: tuple[Any, ...]) -> None:
-        if event != "sqlite3.connect" or not self._engines:
-            return
-        path = path_of_uri(args[0])
-        if path is not None and canonical(path) in self._engines:
-            raise RefusedError(
-                f"{path} is replicated and open in this process: opening it with the standard "
-                "sqlite3 module too would drop its locks and delete its WAL; use walship.connect"
-            )
-
-    def _at_exit(self) -> None:
-        """Drain in this thread, close nothing of the application's.
-
-        Connections that are still open are destroyed with the interpreter: they may not checkpoint
-        then, for half of Python is gone by that time.  The WAL stays, and the next start goes on.
-        """
-        clock = SystemClock()
-        deadline = clock.monotonic() + _EXIT_DRAIN_S
-        for engine in self.engines():
-            left = deadline - clock.monotonic()
-            limit = min(engine.settings.shutdown_sync_timeout_s, max(0.0, left))
-            if not engine.drain(limit):
-                log.warning(
-                    "%s: the program ended before everything was in the replica; the rest is "
-                    "shipped after the next open",
-                    engine.name,
-                )
-        self._exiting = True
-        for connection in apsw.connections():
-            with contextlib.suppress(apsw.Error):
-                if connection.open_vfs == VFS_NAME:
-                    connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
-
-    def _before_fork(self) -> None:
-        self._lock.acquire()
-        for engine in self._engines.values():
-            engine.before_fork()
-
-    def _after_fork_in_parent(self) -> None:
-        for engine in self._engines.values():
-            engine.after_fork_in_parent()
-        self._lock.release()
-
-    def _after_fork_in_child(self) -> None:
-        engines, self._engines, self._files = self._engines, {}, {}
-        self._opening = Counter()
-        self._lock = threading.RLock()
-        for path, engine in engines.items():
-            engine.after_fork_in_child()
-            for connection in apsw.connections():
-                if not close_inherited(connection, path):
-                    self._poisoned.add(path)
-
-
-#: The registry of this process.
-registry: Final = Registry()
+_UNSAFE_PARAMETERS: Final = ("immutable", "nolock")
 
 
 class ReplicatingVFS(apsw.VFS):
@@ -301,7 +66,7 @@ class ReplicatingVFS(apsw.VFS):
         if name.endswith("-wal"):
             main = registry.main_file(name.removesuffix("-wal"))
             if main is not None and main.xFileSize() > 0:
-                main.engine.gate_discard(lambda offset, n: bytes(main.xRead(n, offset)))
+                main.drain_before_delete()
         super().xDelete(name, sync_directory)
 
     def xSleep(self, microseconds: int) -> int:
@@ -322,89 +87,14 @@ def install() -> None:
             _installed = ReplicatingVFS()
 
 
-def canonical(path: str | os.PathLike[str]) -> str:
-    """The path as SQLite's full path name: absolute, links resolved."""
-    return os.path.realpath(os.fspath(path))
-
-
-def same_replica(a: DatabaseSettings, b: DatabaseSettings) -> bool:
-    """Whether two settings ship to the same place."""
-    return a.replica is not None and b.replica is not None and a.replica.store == b.replica.store
-
-
-def path_of_uri(name: Any) -> str | None:
-    """File path of what ``sqlite3.connect`` was given; None for memory databases."""
-    from urllib.parse import unquote
-
-    try:
-        text = os.fsdecode(name)
-    except TypeError:
-        return None
-    if text.startswith("file:"):
-        text = unquote(text[5:].partition("?")[0].partition("#")[0])
-        if text.startswith("//"):
-            text = text[2:].partition("/")[2]
-            text = "/" + text
-    return None if text in ("", ":memory:") else text
-
-
 def configure_from_uri(path: str, name: apsw.URIFilename) -> None:
     """Take ``?replica=`` from a URI filename, and refuse parameters that would go round us."""
     replica = name.uri_parameter("replica")
     configured = registry.settings_for(path)
     if replica is None and configured is None:
         return
-    for parameter in _UNSAFE_PARAMETERS[1:]:
+    for parameter in _UNSAFE_PARAMETERS:
         if name.uri_boolean(parameter, False):
             raise RefusedError(f"{path} is replicated and cannot be opened with {parameter}=1")
     if replica is not None:
         registry.configure(database_settings(path, replica))
-
-
-def refuse_foreign_library(path: str) -> None:
-    """Refuse a file that another SQLite library (the ``sqlite3`` module) has open in this process.
-
-    The kernel's locks belong to the process: when that library closes the file, ours are gone.
-
-    Raises:
-        RefusedError: there are more descriptors on the file than connections of this library.
-    """
-    if "_sqlite3" not in sys.modules or not os.path.exists(path):
-        return
-    wanted = os.stat(path)
-    try:
-        names = os.listdir("/proc/self/fd")
-    except OSError:
-        return
-    found = 0
-    for number in names:
-        try:
-            status = os.fstat(int(number))
-        except OSError:
-            continue
-        found += (status.st_dev, status.st_ino) == (wanted.st_dev, wanted.st_ino)
-    if found > connections_to(path):
-        raise RefusedError(
-            f"{path} is already open in this process, it seems through the standard sqlite3 "
-            "module: two SQLite libraries on one file break its locks; close it there first"
-        )
-
-
-def close_inherited(connection: apsw.Connection, path: str) -> bool:
-    """After a fork: close a connection of the parent's without touching its WAL.
-
-    Returns:
-        False if it is in a transaction: then nothing in this process may open the path.
-    """
-    try:
-        if connection.open_vfs != VFS_NAME:
-            return True
-        if path not in [connection.db_filename(name) for name in connection.db_names()]:
-            return True
-        if connection.in_transaction:
-            return False
-        connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
-        connection.close(True)
-    except (apsw.Error, ReplicaError):
-        return False
-    return True

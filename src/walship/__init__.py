@@ -33,7 +33,10 @@ from walship.replica.restore import RestoreResult
 from walship.replica.restore_front import restore_from as restore
 from walship.replica.sqlite import FencedError, NotYetReplicated, RefusedError, SpoolError
 from walship.vfs.connection import Connection, Replication, configure, connect, replication
-from walship.vfs.replicating import ReplicatingVFS
+from walship.vfs.replicating import ReplicatingVFS, install
+
+# apsw.Connection("file:app.db?replica=...", vfs="walship") works from here on.
+install()
 
 __version__ = "0.1.0"
 

@@ -38,6 +38,14 @@ def _prepared(database: Database, stores: Stores) -> walship.Connection:
     return connection
 
 
+def _wait_for(condition: Callable[[], bool]) -> None:
+    """Wait until it holds; fails if it never does."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it never became true"
+        time.sleep(0.01)
+
+
 def _wal_size(database: Database) -> int:
     path = f"{database.path}-wal"
     return os.path.getsize(path) if os.path.exists(path) else 0
@@ -83,7 +91,7 @@ def test_destroying_the_wal_needs_no_network(
         if n % 3 == 2:
             connection = DESTROYERS[way](database, connection)
     assert here not in stores.threads, "the application's thread spoke to the store"
-    assert stores.last.waiting, "nothing was waiting for the store"
+    _wait_for(lambda: stores.last.waiting > 0)
     expected = dump(database.path)
     if way != "delete":  # closing a store lets go of the requests that it blocks
         assert len(database.segments()) <= 2
@@ -145,7 +153,7 @@ def test_full_speed_while_the_store_is_away(tmp_path: Path, stores: Stores) -> N
     assert len(salts) > 30, "the WAL was not recycled"
     assert most < 1_000_000
     assert walship.replication(connection).status().replicated_txid <= 2
-    assert stores.last.waiting
+    _wait_for(lambda: stores.last.waiting > 0)
     stores.release()
     database.sync()
     segments = database.segments()
@@ -161,11 +169,8 @@ def test_the_spool_is_bounded_by_the_database(tmp_path: Path, stores: Stores) ->
     connection.wal_autocheckpoint(20)
     for n in range(6000):
         _commit(connection, n)
-    deadline = time.monotonic() + 20
     limit = 10 * database.path.stat().st_size + 2_000_000
-    while database.engine().status().pending_bytes > limit and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert database.engine().status().pending_bytes <= limit
+    _wait_for(lambda: database.engine().status().pending_bytes <= limit)
     spool = sum(f.stat().st_size for f in (tmp_path / ".app.db-walship").iterdir())
     assert spool < 40_000_000
     stores.release()

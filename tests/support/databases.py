@@ -23,7 +23,7 @@ from walship.replica.restore import RestoreResult, restore
 from walship.replica.store.base import ObjectStore
 from walship.replica.store.local import LocalStore
 from walship.replica.store.settings import LocalSettings, S3Settings
-from walship.vfs.replicating import canonical, registry
+from walship.vfs.registry import canonical, registry
 
 StoreSettings = LocalSettings | S3Settings
 
