@@ -9,7 +9,7 @@
 # ARGS goes to the program behind a target: make test ARGS="-k restore".
 
 VENV = .venv
-PYTHON =
+PYTHON ?=
 ARGS =
 TEST_WORKERS = 2
 

@@ -39,13 +39,16 @@ def environment(more: Mapping[str, str]) -> dict[str, str]:
 
 
 def run_demo(
-    directory: Path, *arguments: str, program: Path = EXAMPLES / "demo.py", **more: str
+    directory: Path,
+    *arguments: str,
+    program: Path = EXAMPLES / "demo.py",
+    more: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run the demo in ``directory``."""
     return subprocess.run(
         [sys.executable, program, *arguments],
         cwd=directory,
-        env=environment(more),
+        env=environment(more or {}),
         capture_output=True,
         text=True,
         timeout=120,
@@ -90,7 +93,7 @@ def test_demo_with_a_bucket(s3_server: S3Endpoint, tmp_path: Path) -> None:
     path of its own."""
     bucket = s3_server.make_bucket()
     more = {**s3_server.environ, "BUCKET_NAME": bucket, "AWS_ENDPOINT_URL_S3": s3_server.url}
-    check(run_demo(tmp_path, "--seconds", "1.5", **more))
+    check(run_demo(tmp_path, "--seconds", "1.5", more=more))
     keys = s3_server.keys(bucket)
     assert keys
     assert all(re.match(r"walship-demo/\d{8}-\d{6}/000\d/", key) for key in keys)
@@ -103,7 +106,7 @@ def test_demo_with_a_url(minio_server: S3Endpoint, tmp_path: Path) -> None:
         client.put_object(Bucket=bucket, Key="production/0000/precious", Body=b"data")
     url = f"s3://$BUCKET_NAME/production?endpoint={minio_server.url}&region=us-east-1"
     more = {**minio_server.environ, "BUCKET_NAME": bucket, "WALSHIP_REPLICA": url}
-    check(run_demo(tmp_path, "--seconds", "1", **more))
+    check(run_demo(tmp_path, "--seconds", "1", more=more))
     keys = set(minio_server.keys(bucket)) - {"production/0000/precious"}
     assert keys
     assert all(key.startswith("production/walship-demo/") for key in keys)
@@ -143,7 +146,7 @@ def test_demo_without_a_store(tmp_path: Path) -> None:
         "AWS_ACCESS_KEY_ID": "k",
         "AWS_SECRET_ACCESS_KEY": "s",
     }
-    done = run_demo(tmp_path, **more)
+    done = run_demo(tmp_path, more=more)
     assert done.returncode == 1, done.stdout
     first, second = (line for line in done.stderr.splitlines() if line)
     assert first.startswith("application: ")

@@ -1,0 +1,376 @@
+"""SQLite's own rules F19 to F27: spills, locks, processes, power cuts, snapshot reads."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+from typing import Any
+
+import apsw
+import pytest
+
+import walship
+from support.databases import Database, Stores, dump
+from walship.replica.capture import Capture, WalReader
+from walship.replica.spool import Fingerprint, InUseError, Spool, read_state
+from walship.replica.sqlite import SqlitePort
+
+
+def _run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a program of its own; its arguments are in ``sys.argv``."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(program), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_f19_frames_rewritten_inside_a_transaction(tmp_path: Path) -> None:
+    """F19: a spilled transaction rewrites its own frames; looking meanwhile ships nothing of it."""
+    database = Database(tmp_path, page_size=512)
+    with database.opened() as connection:
+        connection.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, b)")
+        with connection:
+            for n in range(200):
+                connection.execute("INSERT INTO t VALUES (?, randomblob(300))", (n,))
+        txid = database.sync()
+        connection.execute("PRAGMA cache_size = 5")
+        connection.execute("BEGIN")
+        for _ in range(3):
+            connection.execute("UPDATE t SET b = randomblob(310)")
+            connection.execute("SAVEPOINT s")
+            connection.execute("UPDATE t SET b = randomblob(320) WHERE id < 90")
+            connection.execute("ROLLBACK TO s")
+            assert database.sync() == txid
+        connection.execute("COMMIT")
+        assert database.sync() == txid + 1
+        database.assert_replica_equals_now()
+    database.assert_replica_equals_file()
+
+
+def test_f20_the_standard_module_is_kept_out(tmp_path: Path) -> None:
+    """F20: ``sqlite3.connect`` on a database that is replicated here is refused with a reason."""
+    database = Database(tmp_path)
+    with database.opened() as connection:
+        connection.execute("CREATE TABLE t (x)")
+        for name, uri in ((str(database.path), False), (f"file:{database.path}?mode=rw", True)):
+            with pytest.raises(walship.RefusedError, match="sqlite3"):
+                sqlite3.connect(name, uri=uri)
+        sqlite3.connect(tmp_path / "other.db").close()
+    database.assert_replica_equals_file()
+
+
+def test_f20_a_file_open_in_the_standard_module_is_refused(tmp_path: Path) -> None:
+    """F20: a database that the standard module has open in this process is not opened."""
+    database = Database(tmp_path)
+    other = sqlite3.connect(database.path)
+    other.execute("CREATE TABLE t (x)")
+    with pytest.raises(walship.RefusedError, match="sqlite3"):
+        database.connect()
+    other.close()
+    with database.opened():
+        pass
+    database.assert_replica_equals_file()
+
+
+_TRY_TO_WRITE = """
+    import sqlite3, sys
+    db = sqlite3.connect(sys.argv[1], timeout=0, isolation_level=None)
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        print("got it")
+    except sqlite3.OperationalError as error:
+        print(error)
+    """
+
+
+def test_f20_nothing_we_do_drops_the_locks(tmp_path: Path) -> None:
+    """F20: after first copy, syncs and status the write lock of a transaction still holds."""
+    database = Database(tmp_path)
+    with database.opened() as connection:
+        connection.execute("CREATE TABLE t (x)")
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("INSERT INTO t VALUES (1)")
+        database.sync()
+        database.engine().capture.require_full_copy("the test wants one")
+        walship.replication(connection).status()
+        database.engine().capture.has_content()
+        assert "locked" in _run(_TRY_TO_WRITE, database.path).stdout
+        connection.execute("COMMIT")
+        database.sync()
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("INSERT INTO t VALUES (2)")
+        assert "locked" in _run(_TRY_TO_WRITE, database.path).stdout
+        connection.execute("ROLLBACK")
+        database.assert_replica_equals_now()
+    database.assert_replica_equals_file()
+
+
+def test_f20_lost_locks_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F20: when something in this process drops SQLite's locks, commits are refused, loudly."""
+    monkeypatch.setattr("walship.replica.uploader.TICK_S", 0.02)
+    database = Database(tmp_path)
+    with database.opened() as connection:
+        connection.execute("CREATE TABLE t (x)")
+        database.sync()
+        with database.path.open("rb"):
+            pass
+        for _ in range(300):
+            if walship.replication(connection).status().state == "stopped":
+                break
+            threading.Event().wait(0.02)
+        status = walship.replication(connection).status()
+        assert status.state == "stopped"
+        assert status.last_error is not None
+        assert "lock" in status.last_error
+        with pytest.raises(walship.RefusedError, match="lock"):
+            connection.execute("INSERT INTO t VALUES (1)")
+
+
+def test_f21_the_spool_lock_holds_within_the_process(tmp_path: Path) -> None:
+    """F21: a second opener of the spool, in this process too, is refused, and frees nothing."""
+    spool = Spool.open(tmp_path / "state")
+    with pytest.raises(InUseError):
+        Spool.open(tmp_path / "state")
+    program = """
+        import sys
+        from pathlib import Path
+        from walship.replica.spool import InUseError, Spool
+        try:
+            Spool.open(Path(sys.argv[1]))
+            print("opened")
+        except InUseError:
+            print("refused")
+        """
+    assert _run(program, tmp_path / "state").stdout == "refused\n"
+    spool.close()
+    assert _run(program, tmp_path / "state").stdout == "opened\n"
+
+
+_FORK = """
+    import os, sys, apsw, walship
+    path, replica, state = sys.argv[1:4]
+    db = walship.connect(path, {"path": replica, "sync_interval": 0.0})
+    db.execute("CREATE TABLE t (x)")
+    if state == "transaction":
+        db.execute("BEGIN IMMEDIATE")
+        db.execute("INSERT INTO t VALUES (1)")
+    child = os.fork()
+    if child == 0:
+        code = 0
+        try:
+            db.execute("INSERT INTO t VALUES (99)")
+            code = 1
+        except (apsw.Error, walship.ReplicaError):
+            pass
+        try:
+            walship.connect(path, replica)
+            code = 2
+        except (apsw.Error, walship.ReplicaError):
+            pass
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    if state == "transaction":
+        db.execute("COMMIT")
+    for n in range(5):
+        db.execute("INSERT INTO t VALUES (?)", (n,))
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    walship.replication(db).sync(20)
+    db.close()
+    print("closed")
+    """
+
+
+@pytest.mark.parametrize("state", ["idle", "transaction"])
+def test_f22_fork(state: str, tmp_path: Path) -> None:
+    """F22: a forked child can write neither by old nor new connections; the parent goes on."""
+    database = Database(tmp_path)
+    done = _run(_FORK, database.path, database.replica, state)
+    assert done.stdout == "0\nclosed\n", done.stderr
+    database.assert_replica_equals_file()
+    assert len(dump(database.path)) == 6 + (state == "transaction")
+
+
+@pytest.mark.parametrize("end", ["", "sys.exit(0)", "raise ValueError('on purpose')"])
+def test_f23_the_end_of_the_program_drains(end: str, tmp_path: Path) -> None:
+    """F23: a program that just ends, its connection never closed, has shipped everything."""
+    database = Database(tmp_path)
+    program = f"""
+        import sys, walship
+        db = walship.connect(sys.argv[1], {{"path": sys.argv[2], "sync_interval": 3600.0}})
+        db.execute("CREATE TABLE t (x)")
+        for n in range(20):
+            db.execute("INSERT INTO t VALUES (?)", (n,))
+        {end}
+        """
+    done = _run(program, database.path, database.replica)
+    assert "walship" not in done.stderr.replace("walship.connect", "")
+    assert len(dump(database.restore())) == 21
+    with database.opened() as connection:
+        connection.execute("INSERT INTO t VALUES (77)")
+    database.assert_replica_equals_file()
+    assert len(database.full_copies()) <= 1
+
+
+def test_f24_the_fingerprint_is_of_the_closed_file(tmp_path: Path) -> None:
+    """F24: after a clean close the record holds the main file's identity, unchanged since."""
+    database = Database(tmp_path)
+    for n in range(5):
+        with database.opened() as connection:
+            connection.execute(f"PRAGMA user_version = {n}")
+        state = read_state(tmp_path / ".app.db-walship")
+        assert state is not None
+        assert state.fingerprint == Fingerprint.of(database.path)
+
+
+def test_f24_a_foreign_commit_of_the_same_size_is_seen(tmp_path: Path) -> None:
+    """F24: a change in place by another program right after the close is not taken for ours."""
+    database = Database(tmp_path)
+    for n in range(4):
+        with database.opened() as connection:
+            connection.execute("CREATE TABLE IF NOT EXISTS t (x)")
+            connection.execute("DELETE FROM t")
+            connection.execute("INSERT INTO t VALUES (?)", (n,))
+        other = sqlite3.connect(database.path)
+        other.execute("UPDATE t SET x = x + 100")
+        other.commit()
+        other.close()
+        with database.opened():
+            database.assert_replica_equals_now()
+        database.assert_replica_equals_file()
+        assert ("t", 1, n + 100) in dump(database.restore())
+
+
+def test_f25_the_wal_is_on_disk_before_it_is_sealed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F25: whatever is sealed or sent was synced in the WAL first, whatever ``synchronous`` says."""
+    events: list[str] = []
+    for owner, name, event in (
+        (WalReader, "sync", "sync"),
+        (Spool, "add_segment", "seal"),
+        (Spool, "add_piece", "seal"),
+    ):
+        original = getattr(owner, name)
+
+        def noting(*args: Any, _event: str = event, _call: Any = original, **more: Any) -> Any:
+            events.append(_event)
+            return _call(*args, **more)
+
+        monkeypatch.setattr(owner, name, noting)
+    database = Database(tmp_path)
+    with database.opened() as connection:
+        connection.execute("PRAGMA synchronous = OFF")
+        connection.execute("CREATE TABLE t (x)")
+        database.sync()
+        for n in range(12):
+            events.clear()
+            connection.execute("INSERT INTO t VALUES (?)", (n,))
+            if n % 4 == 3:
+                with database.engine().capture.mutex:
+                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            else:
+                database.sync()
+                assert events[:2] == ["sync", "seal"]
+    database.assert_replica_equals_file()
+
+
+def test_f26_reads_the_wal_only_under_a_mark_that_protects_it(tmp_path: Path) -> None:
+    """F26: with everything backfilled a view reads the main file alone, else the WAL as well."""
+    path = tmp_path / "plain.db"
+    connection = apsw.Connection(str(path), vfs="unix")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("CREATE TABLE t (x)")
+    port = SqlitePort(str(path))
+    seen: list[int] = []
+    with port.read_view(seen.append) as view:
+        assert view is not None
+        assert not view.main_only
+        assert view.mx_frame == seen[-1] > 0
+        connection.execute("INSERT INTO t VALUES (1)")
+        connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+        published = port.published()
+        assert published is not None
+        assert published.n_backfill <= view.mx_frame
+    connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+    with port.read_view(seen.append) as view:
+        assert view is not None
+        assert view.main_only
+        before = view.read_main(0, 4096)
+        connection.execute("INSERT INTO t VALUES (2)")
+        connection.execute("INSERT INTO t VALUES (3)")
+        assert view.read_main(0, 4096) == before
+    connection.execute("BEGIN IMMEDIATE")
+    with port.read_view(seen.append) as view:
+        assert view is None, "a writer was in the way"
+    connection.execute("ROLLBACK")
+    port.close()
+    connection.close(True)
+
+
+@pytest.mark.parametrize("backfilled", [False, True])
+def test_f26_a_copy_beside_writers(
+    backfilled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F26: writers that commit and restart the WAL while pages are copied do not spoil the copy."""
+    database = Database(tmp_path, page_size=512, spool_full="resync")
+    with database.opened() as connection:
+        connection.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, b)")
+        for n in range(60):
+            connection.execute("INSERT INTO t VALUES (?, randomblob(900))", (n,))
+        database.sync()
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        connection.execute("UPDATE t SET b = randomblob(910) WHERE id % 7 = 0")
+        if backfilled:
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        encode = Capture._encode
+        reached, go_on = threading.Event(), threading.Event()
+
+        def held(*args: Any) -> None:
+            monkeypatch.setattr(Capture, "_encode", encode)
+            reached.set()
+            assert go_on.wait(20)
+            encode(*args)
+
+        monkeypatch.setattr(Capture, "_encode", held)
+        database.engine().capture.require_full_copy("the test wants one")
+        database.engine().uploader.request_sync()
+        assert reached.wait(20)
+        connection.set_busy_timeout(0)
+        for n in range(40):
+            connection.execute("UPDATE t SET b = randomblob(905) WHERE id = ?", (n,))
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        go_on.set()
+        database.assert_replica_equals_now()
+    database.assert_replica_equals_file()
+    last = max(database.segments())
+    for txid in range(1, int(last[:16], 16) + 1):
+        database.restore_to(tmp_path / f"at-{txid}", txid=txid)
+
+
+def test_f27_no_mark_is_held_for_a_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F27: while the first copy waits for the store, checkpoints complete and the WAL is reset."""
+    stores = Stores(monkeypatch)
+    stores.block(("put",))
+    database = Database(tmp_path)
+    with database.opened(shutdown_sync_timeout="0s") as connection:
+        connection.execute("CREATE TABLE t (x)")
+        for _ in range(1000):
+            if stores.last.waiting:
+                break
+            threading.Event().wait(0.01)
+        assert stores.last.waiting
+        connection.set_busy_timeout(0)
+        connection.execute("INSERT INTO t VALUES (1)")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        assert os.path.getsize(f"{database.path}-wal") == 0
+        stores.release()
+        database.assert_replica_equals_now()
+    database.assert_replica_equals_file()
