@@ -44,7 +44,7 @@ def run(setting: Setting) -> list[Row]:
 def _once(setting: Setting, synchronous: str, name: str, *, threads: int = 1) -> dict[str, Any]:
     job: dict[str, Any] = {
         "task": "commits",
-        "seconds": setting.pick(2.5, 0.6),
+        "seconds": setting.pick(1.6, 0.6),
         "synchronous": synchronous,
         "threads": threads,
     }

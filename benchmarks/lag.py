@@ -53,7 +53,7 @@ CASES: Sequence[tuple[str, str, float, float, float]] = (
 def run(setting: Setting) -> list[Row]:
     rows = []
     for interval, how, delay_ms, p50, p99 in CASES:
-        seconds = setting.pick(10 if interval == "1s" else 5, 1.5)
+        seconds = setting.pick(8 if interval == "1s" else 4, 1.5)
         results = interleave(
             setting,
             _BOTH,
@@ -130,7 +130,7 @@ def _single(setting: Setting, name: str) -> dict[str, Any]:
             "contestant": name,
             "directory": str(place.directory),
             "databases": {str(path): replica for path, replica in replicas.items()},
-            "commits": int(setting.pick(8, 3)),
+            "commits": int(setting.pick(6, 2)),
             "idle_s": 1.6,
             "seed": len(place.bucket),
         }

@@ -12,6 +12,7 @@ the answers come in.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import hashlib
 import logging
@@ -135,6 +136,7 @@ class Uploader:
         self._rng = rng or random.Random()
         # The doorbell: set by commits without a lock, cleared before the WAL is looked at.
         self.dirty = False
+        self._interrupted = False
         self._wake = threading.Lock()
         self._wake.acquire()
         # Guards the fields that waiting threads look at.
@@ -169,6 +171,15 @@ class Uploader:
         if not self.dirty:
             self.dirty = True
             self._poke()
+
+    def ring_later(self, interrupted: bool) -> None:
+        """A signal handler raised inside the bell, where nothing may be raised.
+
+        Args:
+            interrupted: whether it was Ctrl-C; it is delivered again a moment later.
+        """
+        self.dirty = True
+        self._interrupted = self._interrupted or interrupted
 
     def _poke(self) -> None:
         with contextlib.suppress(RuntimeError):  # it is awake already
@@ -304,6 +315,9 @@ class Uploader:
         Raises:
             ReplicaError: what went wrong; the caller backs off.
         """
+        if self._interrupted:
+            self._interrupted = False
+            _thread.interrupt_main()
         self._collect_outcomes(now)
         if self._fatal is not None:
             return TICK_S

@@ -110,8 +110,11 @@ class MainFile(apsw.VFSFile):
         if op == _LOCK_TIMEOUT:
             return False
         if op == _COMMIT_PHASETWO:
-            if not self._uploader.dirty:
-                self._uploader.ring()
+            try:
+                if not self._uploader.dirty:
+                    self._uploader.ring()
+            except BaseException as error:
+                self._uploader.ring_later(isinstance(error, KeyboardInterrupt))
             return False  # the VFS below knows nothing of it
         if op in _NOTICED:
             self._notice(op, ptr)
