@@ -1,9 +1,10 @@
 """Runs the benchmarks and prints one table.
 
-    python benchmarks/run.py [--quick] [--rounds N] [--crash-rounds N] [NAME ...]
+    python benchmarks/run.py [--quick] [--rounds N] [--crash-rounds N] [--write] [NAME ...]
 
 Names are those of the modules (commits, reads, lag, bulk, restore, memory, idle, crash); all by
-default.  Results also go to benchmarks/results/ as JSON and as Markdown.
+default.  Results also go to benchmarks/results/ as JSON and as Markdown; with --write the tables
+replace those in RESULTS.md.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ from harness import (
 from support.servers import MissingServer, find_weed, seaweedfs
 
 TOPICS = ("commits", "reads", "lag", "bulk", "restore", "memory", "idle", "crash")
+
+#: In RESULTS.md everything behind this line is generated.
+MEASURED = "<!-- measured: run.py --write replaces everything below -->"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about["rounds"] = str(rounds) + (", quick" if options.quick else "")
     about["load at the end"] = _load()
     about["took"] = f"{time.monotonic() - started:.0f} s"
-    _save(results, about, rows)
+    _save(results, about, rows, options.write)
     missed = [row for row in rows if row.reached is False]
     print(f"\n{len(missed)} goals missed, {len(failed)} benchmarks failed; took {about['took']}")
     for row in missed:
@@ -95,7 +99,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="rounds of every contestant (default 5)")
     parser.add_argument("--crash-rounds", type=int, help="kills for walship (default 100)")
     parser.add_argument("--directory", help="where databases and store lie (default: temporary)")
+    parser.add_argument(
+        "--write", action="store_true", help="replace the tables in RESULTS.md; all benchmarks only"
+    )
     options = parser.parse_args(arguments)
+    if options.write and (options.names or options.quick):
+        parser.error("--write is for complete runs: without names, without --quick")
     for name in options.names:
         if name not in TOPICS:
             parser.error(f"no benchmark {name!r}: choose from {', '.join(TOPICS)}")
@@ -132,7 +141,7 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
-def _save(results: Path, about: dict[str, str], rows: Sequence[Row]) -> None:
+def _save(results: Path, about: dict[str, str], rows: Sequence[Row], write: bool) -> None:
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     content: dict[str, Any] = {"about": about, "rows": [row.as_json() for row in rows]}
     (results / f"{stamp}.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -140,6 +149,10 @@ def _save(results: Path, about: dict[str, str], rows: Sequence[Row]) -> None:
     for topic in dict.fromkeys(row.topic for row in rows):
         text += f"\n## {topic}\n\n{table([row for row in rows if row.topic == topic])}\n"
     (results / f"{stamp}.md").write_text(text)
+    if write:
+        page = HERE / "RESULTS.md"
+        kept = page.read_text().partition(MEASURED)[0] if page.exists() else ""
+        page.write_text(f"{kept}{MEASURED}\n\n{text}")
     print(f"\nsaved as {results.name}/{stamp}.json and .md")
 
 

@@ -27,8 +27,9 @@ __all__ = ["Batch", "WalReader", "collect", "pages"]
 
 #: How much of the WAL is read at once while frame headers are scanned.
 _SCAN_BYTES: Final = 1024 * 1024
-#: A batch up to this size is read once and kept; a larger one is read again page by page.
-_KEEP_BYTES: Final = 8 * 1024 * 1024
+#: A batch up to this size is read once and kept; of a larger one only the pages that count are
+#: read again, which are few where the same pages change over and over.
+_KEEP_BYTES: Final = 256 * 1024
 #: Longest run of consecutive pages that is read in one go.
 _RUN_BYTES: Final = 512 * 1024
 
@@ -107,28 +108,34 @@ class Batch:
 
 
 def collect(wal: WalReader, after: int, last: int, page_size: int) -> Batch:
-    """Scan the frames behind ``position`` through ``last``: the newest frame of each page."""
+    """Scan the frames behind ``after`` through ``last``: the newest frame of each page."""
     first = after + 1
     step = FRAME_HEADER_SIZE + page_size
     total = (last - after) * step
     keep = total <= _KEEP_BYTES
     chunk_frames = (total if keep else max(step, _SCAN_BYTES)) // step
+    # One buffer for all chunks: fresh ones would cost more in page faults than the reading does.
+    buffer = bytearray(0 if keep else min(chunk_frames * step, total))
     kept: bytes | None = None
     keys = array("Q")
     header: tuple[int, ...] = ()
     frame_no = first
     while frame_no <= last:
         count = min(chunk_frames, last - frame_no + 1)
-        data = os.pread(wal.fd, count * step, frame_offset(frame_no, page_size))
-        if len(data) != count * step:
+        data: bytes | memoryview
+        if keep:
+            kept = data = os.pread(wal.fd, count * step, frame_offset(frame_no, page_size))
+            n_read = len(data)
+        else:
+            data = memoryview(buffer)[: count * step]
+            n_read = os.preadv(wal.fd, [data], frame_offset(frame_no, page_size))
+        if n_read != count * step:
             raise FormatError("the WAL is shorter than its index says")
         headers = list(iter_frame_headers(data, page_size))
         newest = {h[0]: n for n, h in enumerate(headers, frame_no)}
         keys.extend([pgno << 32 | n for pgno, n in newest.items()])
         header = headers[-1]
         frame_no += count
-        if keep:
-            kept = data
     commit = header[1]
     ordered = sorted(keys)
     if len(keys) and not keep:
