@@ -53,7 +53,7 @@ CASES: Sequence[tuple[str, str, float, float, float]] = (
 def run(setting: Setting) -> list[Row]:
     rows = []
     for interval, how, delay_ms, p50, p99 in CASES:
-        seconds = setting.pick(8 if interval == "1s" else 4, 1.5)
+        seconds = setting.pick(6 if interval == "1s" else 4, 1.5)
         results = interleave(
             setting,
             _BOTH,

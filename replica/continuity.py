@@ -156,8 +156,9 @@ def _is_recorded(store: ObjectStore, info: SegmentInfo, state: State) -> bool:
 def _check_suspicion(capture: Capture, store: ObjectStore, adopt: bool) -> None:
     """A WAL that vanished: was it checkpointed by another program, or were its commits lost?
 
-    It is suspect if nobody wrote to the main file since our last record.  If then not one page of the newest segment is in the database, they were lost, and shipping what is
-    left would ship the reversal.
+    It is suspect if nobody wrote to the main file since our last record.  If then not one page of
+    the newest segment is in the database, they were lost, and shipping what is left would ship the
+    reversal.
     """
     if not capture.suspect:
         return

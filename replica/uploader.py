@@ -373,7 +373,9 @@ class Uploader:
             if not self._capture.in_wal_mode:
                 self._progress.last_error = "not in WAL mode: run PRAGMA journal_mode=WAL"
                 return TICK_S
-            return _COPY_RETRY_S  # writers were in the way
+            if now - self._dirty_since > 1.0:
+                self._progress.last_error = "an open write transaction holds up the full copy"
+            return _COPY_RETRY_S
         with self._changed:
             self._covered_ticket = ticket
             self._covered_txid = self._capture.state.txid

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from types import TracebackType
@@ -55,8 +56,9 @@ def _ours(error: BaseException) -> ReplicaError | None:
 class Replication:
     """Replication of one database, as the application sees it.  Thread-safe."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, connection: apsw.Connection | None = None) -> None:
         self._engine = engine
+        self._connection = None if connection is None else weakref.ref(connection)
 
     def __repr__(self) -> str:
         status = self.status()
@@ -73,8 +75,12 @@ class Replication:
 
         Raises:
             NotYetReplicated: the time ended first; what is committed is local and will be shipped.
+            RefusedError: the connection is in a write transaction, which would wait for itself.
             ReplicaError: it can never be shipped; the message says why.
         """
+        connection = None if self._connection is None else self._connection()
+        if connection is not None and connection.txn_state() == apsw.SQLITE_TXN_WRITE:
+            raise RefusedError("sync() inside a write transaction: commit it first")
         return self._engine.sync(timeout)
 
     def status(self) -> Status:
@@ -230,4 +236,5 @@ def replication(database: apsw.Connection | str | os.PathLike[str]) -> Replicati
             f"{path or 'this database'} is not replicated here: open it with "
             "walship.connect(path, replica=...) first"
         )
-    return Replication(engine)
+    connection = database if isinstance(database, apsw.Connection) else None
+    return Replication(engine, connection)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import io
 import logging
 import os
 import re
@@ -24,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import boto3.session
 import botocore.exceptions as boto_errors
@@ -119,6 +120,7 @@ class S3Store:
         self._clock = clock
         self._bucket = settings.bucket
         self._lock = threading.Lock()
+        self._part_slots = threading.BoundedSemaphore(max(1, settings.concurrency))
         self._root = f"{settings.path}/" if settings.path else None  # guarded by _lock
         self._client = _make_client(settings)
         self._read_args: dict[str, Any] = {}
@@ -169,7 +171,7 @@ class S3Store:
                 "write",
                 key,
                 lambda name: self._client.put_object(
-                    Bucket=self._bucket, Key=name, Body=_read_part(body, 0, size), **extra
+                    Bucket=self._bucket, Key=name, Body=_part(body, 0, size), **extra
                 ),
             )
         else:
@@ -316,17 +318,18 @@ class S3Store:
                     Key=name,
                     UploadId=upload_id,
                     PartNumber=index + 1,
-                    Body=_read_part(body, start, min(part_size, size - start)),
+                    Body=_part(body, start, min(part_size, size - start)),
                     **self._read_args,
                 )
                 return {"PartNumber": index + 1, "ETag": answer["ETag"]}
 
-            return self._persist(lambda: self._call("write", key, once))
+            with self._part_slots:
+                return self._persist(lambda: self._call("write", key, once))
 
         workers = min(self._settings.concurrency, count)
         if workers > 1:
-            # A part is read from its file by the thread that sends it, so that memory holds no
-            # more than `workers` of them.
+            # A part is read from its file by the thread that sends it, and all uploads together
+            # have `concurrency` slots, so that memory holds no more than that many parts.
             with ThreadPoolExecutor(workers, "walship-part") as pool:
                 try:
                     futures = [pool.submit(send, index) for index in range(count)]
@@ -610,26 +613,59 @@ def _body_size(body: Body) -> int:
     return memoryview(body).nbytes
 
 
-def _read_part(body: Body, start: int, length: int) -> bytes:
+def _part(body: Body, start: int, length: int) -> bytes | IO[bytes]:
     if not isinstance(body, Path):
         if isinstance(body, bytes) and start == 0 and length == len(body):
             return body
         return bytes(memoryview(body).cast("B")[start : start + length])
-    try:
-        fd = os.open(body, os.O_RDONLY | os.O_CLOEXEC)
+    return cast(IO[bytes], _FilePart(body, start, length))
+
+
+class _FilePart(io.RawIOBase):
+    """Part of a file as a body of its own, read as it is sent: memory holds a few kilobytes of it.
+
+    Closes its descriptor when it is dropped.
+    """
+
+    def __init__(self, path: Path, start: int, length: int) -> None:
         try:
-            pieces = []
-            while length > 0 and (piece := os.pread(fd, length, start)):
-                pieces.append(piece)
-                start += len(piece)
-                length -= len(piece)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise StoreError(f"cannot read {body}: {error.strerror}") from error
-    if length:
-        raise StoreError(f"cannot upload {body}: it became shorter meanwhile")
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with this object
+            size = os.fstat(self._file.fileno()).st_size
+        except OSError as error:
+            raise StoreError(f"cannot read {path}: {error.strerror}") from error
+        if size < start + length:
+            self._file.close()
+            raise StoreError(f"cannot upload {path}: it became shorter meanwhile")
+        self._start = start
+        self._length = length
+        self._position = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")[: max(0, self._length - self._position)]
+        n_read = os.preadv(self._file.fileno(), [view], self._start + self._position)
+        self._position += n_read
+        return n_read
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _one_line(error: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,12 +44,11 @@ class StoreWithMetadata(LocalStore):
 def replica_with_segments(tmp_path: Path, count: int, *, marked: bool) -> StoreWithMetadata:
     """A replica of ``count`` level-0 segments, with walship's mark on each or on none."""
     source = tmp_path / "source"
-    with walship.connect(tmp_path / "app.db", source, sync_interval=0) as db:
+    with closing(walship.connect(tmp_path / "app.db", source, sync_interval=0)) as db:
         replication = walship.replication(db)
         db.execute("create table t(n)")
         while replication.sync(30) < count:
             db.execute("insert into t values(1)")
-    db.close()
     store = StoreWithMetadata(tmp_path / "replica")
     metadata = {SHA256_METADATA: "0" * 64} if marked else None
     for info in LocalStore(source, FakeClock()).list("ltx/0/"):
@@ -66,7 +66,7 @@ def test_dead_uploads_behind_a_hole_are_left_out(tmp_path: Path) -> None:
 
 
 def test_a_hole_in_another_writers_replica_is_an_error(tmp_path: Path) -> None:
-    """Litestream uploads one after the other: a hole in its replica is damage, not a dead upload."""
+    """Litestream uploads one after the other: a hole in its replica is damage."""
     store = replica_with_segments(tmp_path, 7, marked=False)
     store.delete([segment_key(store, 0, 5, 5)])
     with pytest.raises(GapError):
