@@ -6,6 +6,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 from pathlib import Path
@@ -23,13 +24,19 @@ from walship.replica.sqlite import SqlitePort
 
 def _run(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run a program of its own; its arguments are in ``sys.argv``."""
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(program), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    # Files, not pipes: a grandchild that hangs would keep a pipe open.
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", textwrap.dedent(program), *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            timeout=40,
+            check=False,
+        )
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(done.args, done.returncode, out.read(), err.read())
 
 
 def test_f19_frames_rewritten_inside_a_transaction(tmp_path: Path) -> None:
@@ -156,7 +163,7 @@ def test_f21_the_spool_lock_holds_within_the_process(tmp_path: Path) -> None:
 
 
 _FORK = """
-    import os, sys, apsw, walship
+    import os, signal, sys, apsw, walship
     path, replica, state = sys.argv[1:4]
     db = walship.connect(path, {"path": replica, "sync_interval": 0.0})
     db.execute("CREATE TABLE t (x)")
@@ -165,9 +172,12 @@ _FORK = """
         db.execute("INSERT INTO t VALUES (1)")
     child = os.fork()
     if child == 0:
+        signal.alarm(20)
         code = 0
         try:
             db.execute("INSERT INTO t VALUES (99)")
+            if db.in_transaction:
+                db.execute("COMMIT")
             code = 1
         except (apsw.Error, walship.ReplicaError):
             pass
@@ -197,6 +207,42 @@ def test_f22_fork(state: str, tmp_path: Path) -> None:
     assert done.stdout == "0\nclosed\n", done.stderr
     database.assert_replica_equals_file()
     assert len(dump(database.path)) == 6 + (state == "transaction")
+
+
+_FORK_AT_WORK = """
+    import os, signal, sys, time, walship
+    path, replica = sys.argv[1:3]
+    db = walship.connect(path, {"path": replica, "sync_interval": 0.0})
+    db.execute("CREATE TABLE t (x)")
+    codes = set()
+    for n in range(25):
+        walship.replication(db)._engine.capture.require_full_copy("the test wants one")
+        db.execute("INSERT INTO t VALUES (?)", (n,))
+        time.sleep(n / 5000)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)
+            try:
+                walship.connect(path, replica)
+                os._exit(1)
+            except walship.ReplicaError:
+                os._exit(0)
+        codes.add(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        if codes != {0}:
+            break
+    print(codes)
+    walship.replication(db).sync(20)
+    db.close()
+    print("closed")
+    """
+
+
+def test_f22_fork_beside_the_first_copy(tmp_path: Path) -> None:
+    """F22: a child forked while the uploader is at work inside SQLite does not hang."""
+    database = Database(tmp_path)
+    done = _run(_FORK_AT_WORK, database.path, database.replica)
+    assert done.stdout == "{0}\nclosed\n", done.stderr
+    database.assert_replica_equals_file()
 
 
 @pytest.mark.parametrize("end", ["", "sys.exit(0)", "raise ValueError('on purpose')"])
@@ -331,6 +377,7 @@ def test_f26_a_copy_beside_writers(
         connection.execute("UPDATE t SET b = randomblob(910) WHERE id % 7 = 0")
         if backfilled:
             connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        database.sync()
         encode = Capture._encode
         reached, go_on = threading.Event(), threading.Event()
 
