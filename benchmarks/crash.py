@@ -55,7 +55,7 @@ def run(setting: Setting) -> list[Row]:
                 faults[name].append(f"round {number}: {fault}")
     for name, found in faults.items():
         for line in found[:10]:
-            print(f"crash: {name}: {line}", file=sys.stderr)
+            print(f"crash: {name}: {line}"[:400], file=sys.stderr)
     total = rounds[WALSHIP]
     samples: dict[str, Sample | None] = {
         name: Sample((float(count),)) for name, count in good.items()
@@ -73,7 +73,7 @@ def _round(setting: Setting, name: str, number: int) -> str | None:
         with setting.place() as place:
             return _play(setting, place, name, number)
     except BenchmarkError as error:
-        return str(error)
+        return str(error).splitlines()[-1]
 
 
 def _play(setting: Setting, place: Place, name: str, number: int) -> str | None:
@@ -121,7 +121,7 @@ def _compare(place: Place, name: str, digest: str) -> str | None:
         try:
             verdict = db.pragma("integrity_check")
             if verdict != "ok":
-                return f"integrity_check: {str(verdict)[:200]}"
+                return f"integrity_check: {' '.join(str(verdict).split())[:120]}"
             if content(db) != digest:
                 return "the restored rows differ from the source's"
         except apsw.Error as error:

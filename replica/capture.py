@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from .clock import Clock
-from .errors import FormatError
 from .format.ltx import Encoder, Header, PageEncoding
 from .format.merge import MergeInput, merge
 from .format.types import WalSalts, is_page_size, lock_pgno
@@ -85,6 +84,9 @@ class Capture:
         #: The drain mutex.  Guards the spool, the WAL descriptor and all fields below.
         self.mutex = threading.RLock()
         self._wal = WalReader(path + "-wal")
+        # Guards `_note_wal`, another descriptor on the same file.
+        self._note_lock = threading.Lock()
+        self._note_wal = WalReader(path + "-wal")
         # Salts and mxFrame when the latest checkpoint began: the end of the WAL at a restart.
         self._known_end: tuple[WalSalts, int] | None = None
         # There is no WAL content that matters: everything is in the main file and sealed.
@@ -216,12 +218,12 @@ class Capture:
         published = self._port.published()
         if published is None:
             return
-        data = b""
-        with contextlib.suppress(OSError), open(self._wal.path, "rb", buffering=0) as file:
-            data = file.read(WAL_HEADER_SIZE)
-        if len(data) == WAL_HEADER_SIZE:
-            with contextlib.suppress(FormatError):
-                self._known_end = (WalHeader.parse(data).salts, published.mx_frame)
+        # A descriptor of its own: the mutex may be held by a long capture, and nobody may wait for
+        # that here.
+        with self._note_lock:
+            salts = self._note_wal.salts()
+        if salts is not None:
+            self._known_end = (salts, published.mx_frame)
 
     def gate_restart(self, new_header: bytes, read_main: Callable[[int, int], bytes]) -> None:
         """A new WAL header is about to be written over the old generation (or into a new file).
@@ -711,9 +713,11 @@ class Capture:
         encoder.finish()
 
     def close(self) -> None:
-        """Close the descriptor on the WAL.  The spool and the port belong to the engine."""
+        """Close the descriptors on the WAL.  The spool and the port belong to the engine."""
         with self.mutex:
             self._wal.close()
+        with self._note_lock:
+            self._note_wal.close()
 
 
 def _describe(header: Header, sink: SegmentSink) -> Sealed:

@@ -7,12 +7,14 @@ Memory is bounded: a few bytes per page of a batch, and a megabyte of content at
 from __future__ import annotations
 
 import os
+import struct
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from .errors import FormatError
+from .format.types import WalSalts
 from .format.wal import (
     FRAME_HEADER_SIZE,
     WAL_HEADER_SIZE,
@@ -24,6 +26,8 @@ from .format.wal import (
 )
 
 __all__ = ["Batch", "WalReader", "collect", "pages"]
+
+_SALTS: Final = struct.Struct(">2I")
 
 #: How much of the WAL is read at once while frame headers are scanned.
 _SCAN_BYTES: Final = 1024 * 1024
@@ -70,6 +74,13 @@ class WalReader:
             return WalHeader.parse(data)
         except FormatError:
             return None
+
+    def salts(self) -> WalSalts | None:
+        """The salts in the header as it is now, unverified; None without a whole header."""
+        if not self.refresh():
+            return None
+        data = os.pread(self.fd, WAL_HEADER_SIZE, 0)
+        return WalSalts(*_SALTS.unpack_from(data, 16)) if len(data) == WAL_HEADER_SIZE else None
 
     def frame(self, frame_no: int, page_size: int) -> FrameHeader | None:
         """Header of one frame; None if the file is shorter."""
