@@ -18,6 +18,7 @@ before the WAL it speaks of is gone.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import threading
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from .clock import Clock
-from .format.ltx import Encoder, Header, PageEncoding
+from .format.ltx import NO_SALTS, Encoder, Header, PageEncoding
 from .format.merge import MergeInput, merge
 from .format.types import WalSalts, is_page_size, lock_pgno
 from .format.wal import (
@@ -45,6 +46,8 @@ __all__ = ["Capture", "TailLost"]
 
 log = logging.getLogger("walship.capture")
 
+#: Pieces of at least this size are sent alone: merging them would cost more than a request.
+_SOLO_BYTES: Final = 1024 * 1024
 #: A file changed less than this long ago may change again without a visible sign: the kernel's
 #: timestamps advance in ticks of up to 10 ms.
 _SETTLE_NS: Final = 20_000_000
@@ -88,7 +91,9 @@ class Capture:
         self._note_lock = threading.Lock()
         self._note_wal = WalReader(path + "-wal")
         # Salts and mxFrame when the latest checkpoint began: the end of the WAL at a restart.
-        self._known_end: tuple[WalSalts, int] | None = None
+        self.known_end: tuple[WalSalts, int] | None = None
+        # The latest `known_end` that SQLite synced the WAL behind.
+        self.synced_end: tuple[WalSalts, int] | None = None
         # There is no WAL content that matters: everything is in the main file and sealed.
         self._wal_gone = False
         #: Whether page 1 says WAL mode, as the VFS saw it last; before that nothing may be read,
@@ -223,7 +228,7 @@ class Capture:
         with self._note_lock:
             salts = self._note_wal.salts()
         if salts is not None:
-            self._known_end = (salts, published.mx_frame)
+            self.known_end = (salts, published.mx_frame)
 
     def gate_restart(self, new_header: bytes, read_main: Callable[[int, int], bytes]) -> None:
         """A new WAL header is about to be written over the old generation (or into a new file).
@@ -240,7 +245,7 @@ class Capture:
             successor = WalPosition(header.salts, 0, header.checksum)
             self._drain_old_generation(successor, header.page_size, read_main)
             self._wal_gone = False
-            self._known_end = None
+            self.known_end = None
         self._port.open()
 
     def gate_discard(self, read_main: Callable[[int, int], bytes]) -> None:
@@ -254,7 +259,7 @@ class Capture:
                 return
             self._drain_old_generation(None, self.state.page_size, read_main)
             self._wal_gone = True
-            self._known_end = None
+            self.known_end = None
 
     def _drain_old_generation(
         self,
@@ -289,8 +294,14 @@ class Capture:
             return
         self._add_unwritten(batch, state.commit, page_size)
         after = replace(after, commit=batch.commit)
-        self._wal.sync()
+        if old is None or not self._is_synced(old.salts, batch.last):
+            self._wal.sync()
         self._seal_piece(batch, after, page_size, read_main)
+
+    def _is_synced(self, salts: WalSalts, frame_no: int) -> bool:
+        """Whether the checkpoint before this gate synced the WAL at least up to this frame."""
+        synced = self.synced_end
+        return synced is not None and synced[0] == salts and synced[1] >= frame_no
 
     def _locate(self, header: WalHeader | None) -> WalPosition | None:
         """Our position in the WAL on disk: the present one, or the one before the last gate."""
@@ -307,8 +318,8 @@ class Capture:
     ) -> Batch | None:
         """What a WAL that is about to go still holds; every commit of it is in the main file."""
         end = old.frame
-        if self._known_end is not None and self._known_end[0] == old.salts:
-            end = max(end, self._known_end[1])
+        if self.known_end is not None and self.known_end[0] == old.salts:
+            end = max(end, self.known_end[1])
         page_size = header.page_size
         batch = collect(self._wal, old.frame, end, page_size) if end > old.frame else None
         # Frames behind the known end: commits of a writer that died before it rang, or ghosts that
@@ -615,23 +626,21 @@ class Capture:
         page_size: int,
         read_main: Callable[[int, int], bytes],
     ) -> None:
-        # A piece has no TXID yet; any that is not a snapshot's will do until it gets one.
-        header = self._ltx_header(2, page_size, batch.commit, WalSalts(0, 0))
-        sink = SegmentSink(self._spool, hashed=False)
+        """Seal a batch without a TXID.  Its header carries the one it gets if it is sent alone."""
+        txid = max(2, after.txid + 1 + len(self.state.pieces))
+        header = self._header_after(batch, after, txid, page_size)
+        sink = SegmentSink(self._spool, hashed=True)
         try:
             self._encode(batch, header, sink, read_main)
-            self._spool.add_piece(after, sink.finish(), sink.size_bytes)
+            body = sink.finish()
+            sealed = replace(_describe(header, sink), txid=0, header_txid=txid)
+            self._spool.add_piece(after, sealed, body)
         except BaseException:
             sink.abandon()
             raise
 
     def _freeze(self, batch: Batch, after: State, page_size: int) -> Sealed:
-        assert after.position is not None
-        header = replace(
-            self._ltx_header(after.txid + 1, page_size, batch.commit, after.position.salts),
-            wal_offset=frame_offset(batch.first, page_size),
-            wal_size=(batch.last - batch.first + 1) * (FRAME_HEADER_SIZE + page_size),
-        )
+        header = self._header_after(batch, after, after.txid + 1, page_size)
         sink = SegmentSink(self._spool, hashed=True)
         try:
             self._encode(batch, header, sink, self._port.read_main)
@@ -643,31 +652,65 @@ class Capture:
             raise
 
     def _freeze_pieces(self) -> Sealed | None:
-        """Merge all pieces into one segment under the next TXID; the mutex is free meanwhile."""
+        """Freeze the oldest pieces: a large one as it is, small ones merged.
+
+        The mutex is free during the merge.
+        """
         with self.mutex:
             state = self.state
-            pieces = state.pieces
-            salts = state.position.salts if state.position else WalSalts(0, 0)
-            header = self._ltx_header(state.txid + 1, state.page_size, state.commit, salts)
-            if state.position is not None and state.position.frame:
-                end = wal_size(state.position.frame, state.page_size)
-                header = replace(header, wal_size=end - WAL_HEADER_SIZE)
+            chosen = state.pieces[:1]
+            if chosen[0].size_bytes >= _SOLO_BYTES:
+                if chosen[0].header_txid == state.txid + 1 and chosen[0].file is not None:
+                    self.more = len(state.pieces) > 1
+                    return self._promote(chosen[0])
+            else:
+                small = itertools.takewhile(lambda p: p.size_bytes < _SOLO_BYTES, state.pieces)
+                chosen = tuple(small)
+            rest = len(state.pieces) - len(chosen)
+            self.more = rest > 0
+            # Coordinates that another reader may trust exist for the newest piece only.
+            position = None if rest else state.position
+            header = self._ltx_header(state.txid + 1, state.page_size, state.commit, NO_SALTS)
+            if position is not None:
+                end = wal_size(position.frame, state.page_size) if position.frame else 0
+                header = replace(
+                    header, salts=position.salts, wal_size=max(0, end - WAL_HEADER_SIZE)
+                )
             sink = SegmentSink(self._spool, hashed=True)
         try:
-            with self._inputs(pieces) as inputs:
-                merge(inputs, sink.write, header=header, check_txids=False)
+            with self._inputs(chosen) as inputs:
+                merge(
+                    inputs,
+                    sink.write,
+                    min_txid=header.min_txid,
+                    max_txid=header.max_txid,
+                    timestamp_ms=header.timestamp_ms,
+                    wal_offset=header.wal_offset,
+                    wal_size=header.wal_size,
+                    salts=header.salts,
+                    encoding=self._encoding,
+                    check_txids=False,
+                )
             body = sink.finish()
             with self.mutex:
                 now = self.state
-                if now.pieces[: len(pieces)] != pieces:
+                if now.pieces[: len(chosen)] != chosen:
                     sink.abandon()  # continuity was lost meanwhile
                     return None
                 after = replace(now, txid=header.max_txid, sha256=sink.sha256)
-                keep = len(now.pieces) - len(pieces)
+                keep = len(now.pieces) - len(chosen)
                 return self._spool.add_segment(after, _describe(header, sink), body, keep=keep)
         except BaseException:
             sink.abandon()
             raise
+
+    def _promote(self, piece: Sealed) -> Sealed:
+        """Freeze a piece as it is: its header already carries the TXID."""
+        assert piece.file is not None
+        now = self.state
+        after = replace(now, txid=piece.header_txid, sha256=piece.sha256)
+        sealed = replace(piece, txid=piece.header_txid)
+        return self._spool.add_segment(after, sealed, piece.file, keep=len(now.pieces) - 1)
 
     @contextlib.contextmanager
     def _inputs(self, pieces: Sequence[Sealed]) -> Iterator[list[MergeInput]]:
@@ -683,6 +726,19 @@ class Capture:
                         file = files.enter_context(open(body, "rb"))
                         inputs.append(MergeInput(file.read, str(body)))
             yield inputs
+
+    def _header_after(self, batch: Batch, after: State, txid: int, page_size: int) -> Header:
+        """The header of one batch, with WAL coordinates that say where to go on reading."""
+        position = after.position
+        salts = position.salts if position else NO_SALTS
+        header = self._ltx_header(txid, page_size, batch.commit, salts)
+        if position is None or not position.frame:
+            return header  # nothing of the generation that comes next has been read
+        return replace(
+            header,
+            wal_offset=frame_offset(batch.first, page_size),
+            wal_size=(batch.last - batch.first + 1) * (FRAME_HEADER_SIZE + page_size),
+        )
 
     def _ltx_header(self, txid: int, page_size: int, commit: int, salts: WalSalts) -> Header:
         """A header at WAL offset 32: a reader that takes over may trust it, and no more than it."""

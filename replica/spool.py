@@ -29,6 +29,7 @@ import json
 import logging
 import os
 import struct
+import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -66,6 +67,10 @@ INLINE_BYTES: Final = 256 * 1024
 _GROWTH_BYTES: Final = 1024 * 1024
 #: Rewrite the journal once dead bytes exceed this and what is alive.
 _REWRITE_BYTES: Final = 4 * 1024 * 1024
+
+
+_open_lock = threading.Lock()
+_open_directories: set[str] = set()
 
 
 class InUseError(ReplicaError):
@@ -116,7 +121,8 @@ class Sealed:
     Attributes:
         txid: TXID of a segment; 0 for a piece that has none yet.
         size_bytes: length of the LTX bytes.
-        sha256: of the LTX bytes, hex; empty for a piece.
+        sha256: of the LTX bytes, hex; empty for a merged piece.
+        header_txid: the TXID in a piece's own LTX header: it may be frozen as it is under this one.
         file: name in the state directory, or None if the bytes are in the journal.
         offset: where in the journal they are.
         timestamp_ms: the segment's timestamp, ms since the epoch.
@@ -128,6 +134,17 @@ class Sealed:
     file: str | None = None
     offset: int = 0
     timestamp_ms: int = 0
+    header_txid: int = 0
+
+    def to_json(self, file: str | None) -> dict[str, Any]:
+        return {
+            "txid": self.txid,
+            "size_bytes": self.size_bytes,
+            "sha256": self.sha256,
+            "timestamp_ms": self.timestamp_ms,
+            "header_txid": self.header_txid,
+            "file": file,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +180,11 @@ class State:
     copying: bool = False
     pieces: tuple[Sealed, ...] = ()
     segments: tuple[Sealed, ...] = ()
+
+    @property
+    def files(self) -> set[str]:
+        """Names of the files that hold large pieces and segments."""
+        return {s.file for s in (*self.pieces, *self.segments) if s.file is not None}
 
     @property
     def pending_bytes(self) -> int:
@@ -234,14 +256,7 @@ def _apply(state: State, kind: int, meta: dict[str, Any], offset: int, length: i
         txid = meta["txid"]
         left = tuple(s for s in state.segments if s.txid > txid)
         return replace(state, acked_txid=max(txid, state.acked_txid), segments=left)
-    sealed = Sealed(
-        txid=meta["seal"]["txid"],
-        size_bytes=meta["seal"]["size_bytes"],
-        sha256=meta["seal"]["sha256"],
-        timestamp_ms=meta["seal"]["timestamp_ms"],
-        file=meta["seal"]["file"],
-        offset=0 if meta["seal"]["file"] else offset,
-    )
+    sealed = Sealed(**meta["seal"], offset=0 if meta["seal"]["file"] else offset)
     if sealed.file is None and length != sealed.size_bytes:
         raise FormatError("spool journal: a payload has the wrong length")
     state = _with_scalars(state, meta)
@@ -279,6 +294,7 @@ class Spool:
         #: Sealed bytes from which on the spool counts as full; 0 for no limit.
         self.max_bytes = 0
         self._lock_fd = lock_fd
+        self._key = ""
         self._state = State()
         self._journal: _Journal | None = None
         self._next_file = 1
@@ -294,6 +310,22 @@ class Spool:
             SpoolError: the directory or journal cannot be written.
             FormatError: the journal is not one of ours.
         """
+        # A record lock is the process's: asked for twice it is given twice, and closing the second
+        # descriptor would drop it.
+        key = os.path.realpath(directory)
+        with _open_lock:
+            if key in _open_directories:
+                raise InUseError("this process replicates this database already")
+            _open_directories.add(key)
+        try:
+            return cls._open(directory, key)
+        except BaseException:
+            with _open_lock:
+                _open_directories.discard(key)
+            raise
+
+    @classmethod
+    def _open(cls, directory: Path, key: str) -> Spool:
         with _local_errors(directory):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock_fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -311,6 +343,7 @@ class Spool:
             os.ftruncate(lock_fd, 0)
             os.pwrite(lock_fd, f"{os.getpid()}\n".encode(), 0)
             spool = cls(directory, lock_fd)
+            spool._key = key
             with _local_errors(directory):
                 spool._load()
         except BaseException:
@@ -347,15 +380,15 @@ class Spool:
         if drop_pieces or drop_segments:
             self.tidy()
 
-    def add_piece(self, state: State, body: Sequence[Any] | str, size_bytes: int) -> None:
+    def add_piece(self, state: State, sealed: Sealed, body: Sequence[Any] | str) -> None:
         """Seal a piece: durable when this returns.
 
         Args:
             state: scalar fields after the piece, above all the position.
+            sealed: size, sha256, timestamp and the TXID in its header; ``txid`` is 0.
             body: the LTX bytes as buffers, or the name of a file made with `create_file`.
         """
-        meta = _scalars(state)
-        self._seal(_Kind.PIECE, meta, Sealed(txid=0, size_bytes=size_bytes), body)
+        self._seal(_Kind.PIECE, _scalars(state), sealed, body)
 
     def replace_pieces(
         self, start: int, count: int, body: Sequence[Any] | str, size_bytes: int
@@ -425,17 +458,12 @@ class Spool:
                 fsync_directory(self.directory)
         else:
             pieces = body
-        meta["seal"] = {
-            "txid": sealed.txid,
-            "size_bytes": sealed.size_bytes,
-            "sha256": sealed.sha256,
-            "timestamp_ms": sealed.timestamp_ms,
-            "file": file,
-        }
+        meta["seal"] = sealed.to_json(file)
         before = self._state.pieces
         self._append(kind, meta, pieces, durable=True)
+        named = self._state.files
         for piece in before:
-            if piece.file is not None and piece not in self._state.pieces:
+            if piece.file is not None and piece.file not in named:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.directory / piece.file)
 
@@ -512,13 +540,7 @@ class Spool:
                         if sealed not in group:
                             continue
                         meta = _scalars(state)
-                        meta["seal"] = {
-                            "txid": sealed.txid,
-                            "size_bytes": sealed.size_bytes,
-                            "sha256": sealed.sha256,
-                            "timestamp_ms": sealed.timestamp_ms,
-                            "file": sealed.file,
-                        }
+                        meta["seal"] = sealed.to_json(sealed.file)
                         self._append(kind, meta, body, durable=False)
                 os.fsync(fd)
                 os.rename(temporary, path)
@@ -550,9 +572,8 @@ class Spool:
                 _clear_tail(self._journal)
         if self._journal is None:
             self._rewrite()
-        named = {s.file for s in (*self._state.pieces, *self._state.segments)}
         for file in self.directory.glob("*.ltx"):
-            if file.name not in named:
+            if file.name not in self._state.files:
                 file.unlink()
 
     def close(self) -> None:
@@ -563,6 +584,8 @@ class Spool:
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
+            with _open_lock:
+                _open_directories.discard(self._key)
 
 
 class SegmentSink:
@@ -570,7 +593,7 @@ class SegmentSink:
 
     Args:
         spool: owner of the file; only `Spool.create_file` is called.
-        hashed: whether a sha256 is wanted (segments yes, pieces no).
+        hashed: whether a sha256 is wanted (not for pieces that will be merged again).
     """
 
     def __init__(self, spool: Spool, *, hashed: bool) -> None:
@@ -582,19 +605,20 @@ class SegmentSink:
         self.size_bytes = 0
 
     def write(self, parts: Sequence[Any]) -> None:
-        """Append buffers; they may be reused by the caller afterwards only if copied."""
-        for part in parts:
-            if self._digest is not None:
-                self._digest.update(part)
-            self.size_bytes += len(part)
+        """Append buffers, which are copied."""
+        # One buffer to hash and to write: a call for each page would cost more than the copy.
+        data = b"".join(parts)
+        self.size_bytes += len(data)
+        if self._digest is not None:
+            self._digest.update(data)
+        self._parts.append(data)
         if self._fd < 0:
-            self._parts.extend(parts)
             if self.size_bytes <= INLINE_BYTES:
                 return
             self._fd, self.file = self._spool.create_file()
-            parts, self._parts = self._parts, []
+        pending, self._parts = self._parts, []
         with _local_errors(self._spool.directory):
-            write_all(self._fd, parts)
+            write_all(self._fd, pending)
 
     def finish(self) -> Sequence[Any] | str:
         """The body for `Spool.add_piece` or `Spool.add_segment`; a file is on disk then."""

@@ -541,7 +541,12 @@ class Uploader:
         try:
             self._put(key, body, sealed)
         except PreconditionFailed as error:
-            if self._is_ours(key, sealed):
+            found = self._find(key)
+            if found is not None and same_bytes(self._store, found, sealed):
+                return
+            if found is not None and not found.size_bytes:
+                # What a server keeps of an upload whose client died after its headers.
+                self._put(key, body, sealed, replace_it=True)
                 return
             raise FencedError(
                 f"another writer has put txid {format_txid(sealed.txid)} into {self._store.url}: "
@@ -549,7 +554,9 @@ class Uploader:
                 "or reset this side"
             ) from error
 
-    def _put(self, key: str, body: bytes | Path, sealed: Sealed) -> None:
+    def _put(
+        self, key: str, body: bytes | Path, sealed: Sealed, *, replace_it: bool = False
+    ) -> None:
         metadata = {SHA256_METADATA: sealed.sha256}
         try:
             self._store.put(
@@ -557,7 +564,7 @@ class Uploader:
                 body,
                 timestamp_ms=sealed.timestamp_ms,
                 metadata=metadata,
-                if_absent=self._conditional,
+                if_absent=self._conditional and not replace_it,
             )
         except StoreError as error:
             if not self._conditional or error.code != "NotImplemented":
@@ -566,13 +573,11 @@ class Uploader:
             self._conditional = False
             self._store.put(key, body, timestamp_ms=sealed.timestamp_ms, metadata=metadata)
 
-    def _is_ours(self, key: str, sealed: Sealed) -> bool:
-        """Whether the object under ``key`` holds the bytes of ``sealed``: never by its ETag."""
+    def _find(self, key: str) -> ObjectInfo | None:
         try:
-            info = self._store.head(key)
+            return self._store.head(key)
         except ObjectNotFound:
-            return False
-        return same_bytes(self._store, info, sealed)
+            return None
 
 
 def same_bytes(store: ObjectStore, info: ObjectInfo, sealed: Sealed) -> bool:

@@ -55,7 +55,6 @@ class Machine(RuleBasedStateMachine):
             sync_interval=interval,
             max_sync_wal_bytes=limit,
             shutdown_sync_timeout="0.05s",
-            busy_timeout=0,
         )
         self.connections = [self.database.connect()]
         self.writer.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, b BLOB)")
@@ -86,7 +85,9 @@ class Machine(RuleBasedStateMachine):
 
     @rule(mode=st.sampled_from(_MODES))
     def checkpoint(self, mode: str) -> None:
+        self.writer.set_busy_timeout(0)  # a read mark held here would be waited for in vain
         self.writer.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
+        self.writer.set_busy_timeout(5000)
 
     @precondition(lambda self: not self.reading)
     @rule()
@@ -125,27 +126,29 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def be_killed(self) -> None:
-        """Copy the files as they are, then open the copy in their place."""
-        engine = self.database.engine()
-        with engine.capture.mutex:
-            saved = self.directory / "saved"
-            saved.mkdir()
-            for suffix in ("", "-wal"):
-                source = Path(f"{self.database.path}{suffix}")
-                if source.exists():
-                    shutil.copy2(source, saved / source.name)
-            shutil.copytree(self.directory / ".app.db-walship", saved / "state")
+        """Copy the files as they are, end without another request, and open the copy instead."""
+        saved = self.directory / "saved"
+        saved.mkdir()
+        files = [self.database.path, Path(f"{self.database.path}-wal")]
+        state = self.directory / ".app.db-walship"
+        with self.database.engine().capture.mutex:
+            # What is in flight may still arrive: its bytes are in the spool that is copied.
+            self.stores.fail(before=1.0, after=0.0)
+            for file in files:
+                if file.exists():
+                    shutil.copy2(file, saved)
+            shutil.copytree(state, saved / "state")
         self.close_all()
-        for suffix in ("-wal", "-shm"):
-            Path(f"{self.database.path}{suffix}").unlink(missing_ok=True)
-        # In place, so that device and inode stay; what came after the kill is undone by the store's
-        # create-only rule or was never seen.
-        for source in saved.glob("app.db*"):
-            Path(self.directory / source.name).write_bytes(source.read_bytes())
-        shutil.rmtree(self.directory / ".app.db-walship")
-        (saved / "state").rename(self.directory / ".app.db-walship")
+        self.stores.fail(before=0.0, after=0.0)
+        for file in (*files, Path(f"{self.database.path}-shm")):
+            if (saved / file.name).exists():
+                file.write_bytes((saved / file.name).read_bytes())
+            else:
+                file.unlink(missing_ok=True)
+        shutil.rmtree(state)
+        (saved / "state").rename(state)
         shutil.rmtree(saved)
-        self.connections = [self.database.connect(adopt=True)]
+        self.connections = [self.database.connect()]
 
     @precondition(lambda self: not self.outage)
     @rule()
