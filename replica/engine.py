@@ -297,12 +297,14 @@ class Engine:
 
     def before_fork(self) -> None:
         """Nothing of ours may be half done, and no connection of ours open, in the child."""
+        # In the order in which a capture takes them.
+        self._port.pause_views(_VIEW_WAIT_S)
         self.capture.mutex.acquire()
-        self._port.close()
+        self._port.pause_probe()
 
     def after_fork_in_parent(self) -> None:
         """Go on."""
-        self._port.open()
+        self._port.resume()
         self.capture.mutex.release()
 
     def after_fork_in_child(self) -> None:

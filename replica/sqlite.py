@@ -144,6 +144,7 @@ class SqlitePort:
         self._shut = False
         # Held while a read view is open, so that the last close can let it end first.
         self._view_lock = threading.Lock()
+        self._paused_view = False
         self._watch = -1  # descriptor on the main file, for asking about locks only
         # Every connection of ours that may be open, for a forked child to close.
         self._owned: weakref.WeakSet[apsw.Connection] = weakref.WeakSet()
@@ -203,9 +204,33 @@ class SqlitePort:
             answer = fcntl.fcntl(self._watch, fcntl.F_OFD_GETLK, query)
             return bool(_FLOCK.unpack(answer)[0] == fcntl.F_UNLCK)
 
+    def pause_views(self, wait_s: float) -> None:
+        """Keep other threads from opening read views until `resume`: the process is forking.
+
+        A child would inherit SQLite's mutexes as they are, and hang on those held by threads that
+        it does not have.
+
+        Args:
+            wait_s: how long to wait for a view to end.
+        """
+        self._paused_view = self._view_lock.acquire(timeout=wait_s)
+
+    def pause_probe(self) -> None:
+        """Keep other threads from asking the wal-index until `resume`, and close its connection."""
+        self._probe_lock.acquire()
+        if self._probe is not None:
+            self._probe.close(True)
+            self._probe = None
+
+    def resume(self) -> None:
+        """Go on after `pause_views` and `pause_probe`, in the parent."""
+        self._probe_lock.release()
+        if self._paused_view:
+            self._view_lock.release()
+
     def close_in_child(self) -> None:
         """In a forked child: close what was inherited; none of it may checkpoint."""
-        self._probe_lock = threading.Lock()
+        self._probe_lock, self._view_lock = threading.Lock(), threading.Lock()
         self._shut = True
         self._probe = None
         for connection in list(self._owned):
@@ -275,7 +300,9 @@ class SqlitePort:
     def remove_empty_wal(self) -> None:
         """Have SQLite remove an empty ``-wal`` that connections of ours brought into being."""
         try:
-            if os.stat(self.path + "-wal").st_size == 0:
+            with self._view_lock:
+                if os.stat(self.path + "-wal").st_size:
+                    return
                 connection = apsw.Connection(
                     self.path, flags=apsw.SQLITE_OPEN_READWRITE, vfs=_default_vfs()
                 )
