@@ -91,9 +91,7 @@ class Capture:
         self._note_lock = threading.Lock()
         self._note_wal = WalReader(path + "-wal")
         # Salts and mxFrame when the latest checkpoint began: the end of the WAL at a restart.
-        self.known_end: tuple[WalSalts, int] | None = None
-        # The latest `known_end` that SQLite synced the WAL behind.
-        self.synced_end: tuple[WalSalts, int] | None = None
+        self._known_end: tuple[WalSalts, int] | None = None
         # There is no WAL content that matters: everything is in the main file and sealed.
         self._wal_gone = False
         #: Whether page 1 says WAL mode, as the VFS saw it last; before that nothing may be read,
@@ -228,7 +226,7 @@ class Capture:
         with self._note_lock:
             salts = self._note_wal.salts()
         if salts is not None:
-            self.known_end = (salts, published.mx_frame)
+            self._known_end = (salts, published.mx_frame)
 
     def gate_restart(self, new_header: bytes, read_main: Callable[[int, int], bytes]) -> None:
         """A new WAL header is about to be written over the old generation (or into a new file).
@@ -245,7 +243,7 @@ class Capture:
             successor = WalPosition(header.salts, 0, header.checksum)
             self._drain_old_generation(successor, header.page_size, read_main)
             self._wal_gone = False
-            self.known_end = None
+            self._known_end = None
         self._port.open()
 
     def gate_discard(self, read_main: Callable[[int, int], bytes]) -> None:
@@ -259,7 +257,7 @@ class Capture:
                 return
             self._drain_old_generation(None, self.state.page_size, read_main)
             self._wal_gone = True
-            self.known_end = None
+            self._known_end = None
 
     def _drain_old_generation(
         self,
@@ -294,14 +292,8 @@ class Capture:
             return
         self._add_unwritten(batch, state.commit, page_size)
         after = replace(after, commit=batch.commit)
-        if old is None or not self._is_synced(old.salts, batch.last):
-            self._wal.sync()
+        self._wal.sync()
         self._seal_piece(batch, after, page_size, read_main)
-
-    def _is_synced(self, salts: WalSalts, frame_no: int) -> bool:
-        """Whether the checkpoint before this gate synced the WAL at least up to this frame."""
-        synced = self.synced_end
-        return synced is not None and synced[0] == salts and synced[1] >= frame_no
 
     def _locate(self, header: WalHeader | None) -> WalPosition | None:
         """Our position in the WAL on disk: the present one, or the one before the last gate."""
@@ -318,8 +310,8 @@ class Capture:
     ) -> Batch | None:
         """What a WAL that is about to go still holds; every commit of it is in the main file."""
         end = old.frame
-        if self.known_end is not None and self.known_end[0] == old.salts:
-            end = max(end, self.known_end[1])
+        if self._known_end is not None and self._known_end[0] == old.salts:
+            end = max(end, self._known_end[1])
         page_size = header.page_size
         batch = collect(self._wal, old.frame, end, page_size) if end > old.frame else None
         # Frames behind the known end: commits of a writer that died before it rang, or ghosts that

@@ -21,7 +21,7 @@ from .format.wal import (
     FrameHeader,
     WalHeader,
     frame_offset,
-    iter_frame_headers,
+    iter_frame_pgnos,
     parse_frame_header,
 )
 
@@ -129,7 +129,7 @@ def collect(wal: WalReader, after: int, last: int, page_size: int) -> Batch:
     buffer = bytearray(0 if keep else min(chunk_frames * step, total))
     kept: bytes | None = None
     keys = array("Q")
-    header: tuple[int, ...] = ()
+    end = FrameHeader(0, 0, 0, 0, 0, 0)
     frame_no = first
     while frame_no <= last:
         count = min(chunk_frames, last - frame_no + 1)
@@ -142,12 +142,11 @@ def collect(wal: WalReader, after: int, last: int, page_size: int) -> Batch:
             n_read = os.preadv(wal.fd, [data], frame_offset(frame_no, page_size))
         if n_read != count * step:
             raise FormatError("the WAL is shorter than its index says")
-        headers = list(iter_frame_headers(data, page_size))
-        newest = {h[0]: n for n, h in enumerate(headers, frame_no)}
+        newest = {pgno: n for n, (pgno,) in enumerate(iter_frame_pgnos(data, page_size), frame_no)}
         keys.extend([pgno << 32 | n for pgno, n in newest.items()])
-        header = headers[-1]
         frame_no += count
-    commit = header[1]
+        end = parse_frame_header(data[(count - 1) * step : (count - 1) * step + FRAME_HEADER_SIZE])
+    commit = end.commit
     ordered = sorted(keys)
     if len(keys) and not keep:
         ordered = [
@@ -157,7 +156,7 @@ def collect(wal: WalReader, after: int, last: int, page_size: int) -> Batch:
         ]
     if ordered and ordered[-1] >> 32 > commit > 0:
         ordered = [key for key in ordered if key >> 32 <= commit]
-    return Batch(first, last, ordered, commit, (header[4], header[5]), kept)
+    return Batch(first, last, ordered, commit, end.checksum, kept)
 
 
 def pages(

@@ -255,10 +255,7 @@ class WalFile(apsw.VFSFile):
         try:
             if self._fd < 0:
                 self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-            capture = self._engine.capture
-            known_end = capture.known_end
             _sync_descriptor(self._fd)
-            capture.synced_end = known_end
         except BaseException as error:
             raise _as_io_error(error, "the write-ahead log could not be synced") from error
 

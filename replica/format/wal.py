@@ -40,7 +40,7 @@ __all__ = [
     "VerifiedFrame",
     "WalHeader",
     "frame_offset",
-    "iter_frame_headers",
+    "iter_frame_pgnos",
     "last_commit",
     "n_frames_in",
     "parse_frame_header",
@@ -191,16 +191,14 @@ def parse_frame_header(data: BytesLike) -> FrameHeader:
 
 
 @lru_cache(maxsize=16)
-def _frame_struct(page_size: int) -> struct.Struct:
-    return struct.Struct(f">6I{page_size}x")
+def _pgno_struct(page_size: int) -> struct.Struct:
+    return struct.Struct(f">I{FRAME_HEADER_SIZE - 4 + page_size}x")
 
 
-def iter_frame_headers(
-    data: BytesLike, page_size: int
-) -> Iterator[tuple[int, int, int, int, int, int]]:
-    """The headers of consecutive whole frames, as plain tuples in ``FrameHeader``'s order.
+def iter_frame_pgnos(data: BytesLike, page_size: int) -> Iterator[tuple[int]]:
+    """The page numbers of consecutive whole frames, each as a tuple of one.
 
-    Nothing is verified.  Runs at the speed of ``struct``: about 0.1 us per frame.
+    Nothing is verified.  Runs at the speed of ``struct``: about 0.05 us per frame.
 
     Raises:
         FormatError: if ``data`` is not a whole number of frames.
@@ -209,7 +207,7 @@ def iter_frame_headers(
         raise FormatError(
             f"{len(data)} bytes are not a whole number of WAL frames of {page_size} byte pages"
         )
-    return _frame_struct(page_size).iter_unpack(data)
+    return _pgno_struct(page_size).iter_unpack(data)
 
 
 def verified_frames(

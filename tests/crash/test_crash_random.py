@@ -80,6 +80,4 @@ def test_many_random_kills(seed: int, tmp_path: Path) -> None:
     page_size = rng.choice((512, 1024, 4096, 16384))
     limit = rng.choice(("16KB", "64MB", "0"))
     database = Database(tmp_path, page_size=page_size)
-    _kill_again_and_again(
-        database, seed, 6, rng.choice((0.0, 0.05, 0.3)), max_sync_wal_bytes=limit
-    )
+    _kill_again_and_again(database, seed, 6, rng.choice((0.0, 0.05, 0.3)), max_sync_wal_bytes=limit)

@@ -156,9 +156,7 @@ def _ignoring_errors(connection: walship.Connection, raised: list[BaseException]
 
 
 @pytest.mark.parametrize("error", sorted(ERRORS))
-def test_f1_a_failing_truncate(
-    error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_f1_a_failing_truncate(error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """F1: an exception while the WAL is truncated fails the checkpoint and harms nothing."""
     trap = Trap(monkeypatch, "truncate")
     database = Database(tmp_path, page_size=1024)

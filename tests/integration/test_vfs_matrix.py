@@ -94,6 +94,18 @@ def _shrink_and_grow(connection: walship.Connection) -> None:
         _fill(connection, rows=200)
 
 
+def _unwritten_pages(connection: walship.Connection) -> None:
+    # Pages that a transaction takes and frees again are part of the file without having a frame.
+    _shrink(connection)
+    for size in (100_000, 300_000):
+        connection.execute("BEGIN")
+        connection.execute("INSERT INTO t VALUES (1000000, 1, randomblob(?))", (size,))
+        connection.execute("DELETE FROM t WHERE id = 1000000")
+        connection.execute("COMMIT")
+        walship.replication(connection).sync(30)
+        connection.execute("INSERT INTO t (a, b) VALUES (1, randomblob(5000))")
+
+
 def _auto_vacuum(mode: str) -> Action:
     def act(connection: walship.Connection) -> None:
         connection.execute(f"PRAGMA auto_vacuum = {mode}")
@@ -181,6 +193,7 @@ ACTIONS: dict[str, Action] = {
     "vacuum": _vacuum,
     "shrink": _shrink,
     "shrink and grow": _shrink_and_grow,
+    "pages without a frame": _unwritten_pages,
     "auto_vacuum full": _auto_vacuum("FULL"),
     "auto_vacuum incremental": _auto_vacuum("INCREMENTAL"),
     "header pragmas": _change_page_size,

@@ -90,9 +90,7 @@ class Database:
 
     def restore_to(self, target: Path, **options: Any) -> RestoreResult:
         """Restore to ``target``, checked by SQLite."""
-        return restore(
-            self.store(), target, clock=SystemClock(), integrity_check="full", **options
-        )
+        return restore(self.store(), target, clock=SystemClock(), integrity_check="full", **options)
 
     def segments(self) -> dict[str, int]:
         """Names and sizes of the level-0 segments in the replica."""
