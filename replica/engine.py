@@ -250,6 +250,10 @@ class Engine:
                 self._store.url,
             )
 
+    def main_descriptor(self) -> int | None:
+        """A descriptor on the main file to sync it through, so that the GIL is free meanwhile."""
+        return self._port.descriptor()
+
     def gate_restart(self, header: bytes, read_main: Callable[[int, int], bytes]) -> None:
         """See `Capture.gate_restart`; what to do when the spool is full is the user's choice."""
         self._gate(lambda: self.capture.gate_restart(header, read_main))

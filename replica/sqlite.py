@@ -175,8 +175,12 @@ class SqlitePort:
             try:
                 if self._probe is None:
                     self._probe = self._open()
+                if self._watch < 0:
+                    # Closing it drops SQLite's locks, the very harm that it is there to notice: see
+                    # `release`.
+                    self._watch = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
                 return _ask(self._probe)
-            except (apsw.CantOpenError, apsw.BusyError):
+            except (apsw.CantOpenError, apsw.BusyError, OSError):
                 return None
 
     def read_main(self, offset: int, length: int) -> bytes:
@@ -187,6 +191,13 @@ class SqlitePort:
                 _read_once(self._probe)
             return _read_main(self._probe, offset, length)
 
+    def descriptor(self) -> int | None:
+        """Our descriptor on the main file, once there is one: for syncing and asking about locks.
+
+        It lives as long as the port: closing it would drop SQLite's locks.
+        """
+        return self._watch if self._watch >= 0 else None
+
     def has_lost_locks(self) -> bool:
         """Whether the kernel has forgotten the locks of this process on the database.
 
@@ -195,11 +206,8 @@ class SqlitePort:
         False elsewhere.
         """
         with self._probe_lock:
-            if self._probe is None or not hasattr(fcntl, "F_OFD_GETLK"):
+            if self._probe is None or self._watch < 0 or not hasattr(fcntl, "F_OFD_GETLK"):
                 return False  # only an open connection in WAL mode is sure to hold one
-            if self._watch < 0:
-                # Closing it would do the very harm that it looks for: see `close`.
-                self._watch = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             query = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _SHARED_FIRST, _SHARED_SIZE, 0)
             answer = fcntl.fcntl(self._watch, fcntl.F_OFD_GETLK, query)
             return bool(_FLOCK.unpack(answer)[0] == fcntl.F_UNLCK)

@@ -99,6 +99,7 @@ class MainFile(apsw.VFSFile):
         self.engine = engine
         self.path = engine.path
         self._uploader = engine.uploader
+        self._synced = False
         self._released: Callable[[MainFile], None] | None = released
         #: Whether this is the last connection of the process; the registry knows.
         self.is_last: Callable[[], bool] = lambda: False
@@ -195,6 +196,18 @@ class MainFile(apsw.VFSFile):
             self.engine.note_wal_mode(True)
         _write(self, data, offset)
 
+    def xSync(self, flags: int) -> None:
+        fd = self.engine.main_descriptor()
+        if fd is None or not self._synced:
+            # SQLite's own also syncs the directory of a file it has just made.
+            _sync(self, flags)
+            self._synced = True
+            return
+        try:
+            sync_descriptor(fd)
+        except BaseException as error:
+            raise _as_io_error(error, "the database could not be synced") from error
+
     def look_at_header(self) -> None:
         """Tell the engine whether an existing database is in WAL mode."""
         if self.xFileSize() >= 100:
@@ -255,7 +268,7 @@ class WalFile(apsw.VFSFile):
         try:
             if self._fd < 0:
                 self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-            _sync_descriptor(self._fd)
+            sync_descriptor(self._fd)
         except BaseException as error:
             raise _as_io_error(error, "the write-ahead log could not be synced") from error
 
@@ -266,7 +279,7 @@ class WalFile(apsw.VFSFile):
         _close(self)
 
 
-def _sync_descriptor(fd: int) -> None:
+def sync_descriptor(fd: int) -> None:
     full = getattr(os, "F_FULLFSYNC", None)
     if full is None:
         os.fdatasync(fd)

@@ -61,7 +61,7 @@ def _kill_again_and_again(
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_kills(seed: int, tmp_path: Path) -> None:
-    """Restored after each kill: a prefix with all that was synced; in the end nothing is missing."""
+    """Restored after each kill: a prefix with all that was synced; at last nothing is missing."""
     _kill_again_and_again(Database(tmp_path), seed, rounds=4, put_delay_s=0.0)
 
 

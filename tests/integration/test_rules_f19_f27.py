@@ -17,7 +17,8 @@ import pytest
 
 import walship
 from support.databases import Database, Stores, dump
-from walship.replica.capture import Capture, WalReader
+from walship.replica.capture import Capture
+from walship.replica.frames import WalReader
 from walship.replica.spool import Fingerprint, InUseError, Spool, read_state
 from walship.replica.sqlite import SqlitePort
 
@@ -266,7 +267,7 @@ def test_f23_the_end_of_the_program_drains(end: str, tmp_path: Path) -> None:
         {end}
         """
     done = _run(program, database.path, database.replica)
-    assert "walship" not in done.stderr.replace("walship.connect", "")
+    assert "app.db" not in done.stderr, done.stderr
     assert len(dump(database.restore())) == 21
     with database.opened() as connection:
         connection.execute("INSERT INTO t VALUES (77)")
@@ -306,7 +307,7 @@ def test_f24_a_foreign_commit_of_the_same_size_is_seen(tmp_path: Path) -> None:
 def test_f25_the_wal_is_on_disk_before_it_is_sealed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """F25: whatever is sealed or sent was synced in the WAL first, whatever ``synchronous`` says."""
+    """F25: what is sealed or sent was synced in the WAL first, whatever ``synchronous`` says."""
     events: list[str] = []
     for owner, name, event in (
         (WalReader, "sync", "sync"),

@@ -150,7 +150,7 @@ def test_killed_again_and_again_without_commits(case: Case) -> None:
 
 
 def test_moved_to_another_directory(case: Case, tmp_path: Path) -> None:
-    """A renamed directory is the same database on the same disk: what is sent is small or proven."""
+    """A database moved on the same disk with its state goes on incrementally."""
     committed = case.kill()
     other = tmp_path / "elsewhere"
     other.mkdir()
@@ -248,7 +248,7 @@ def test_a_wal_cut_short_is_rolled_forward(case: Case) -> None:
 
 
 def test_a_deleted_wal_is_refused(case: Case) -> None:
-    """Shipped commits that vanished with the -wal file are reported, not reverted in the replica."""
+    """Shipped commits that vanished with the -wal file are reported, and not shipped as undone."""
     committed = case.kill(steps=12)
     os.unlink(f"{case.database.path}-wal")
     before = case.database.segments()

@@ -13,7 +13,6 @@ import apsw
 import pytest
 
 import walship
-import walship.replica.engine as engine_module
 from support.faulty import FaultyStore
 from walship.replica.check import integrity_check
 from walship.replica.clock import Clock, SystemClock
@@ -22,6 +21,7 @@ from walship.replica.format.ltx import Decoder
 from walship.replica.restore import RestoreResult, restore
 from walship.replica.store.base import ObjectStore
 from walship.replica.store.local import LocalStore
+from walship.replica.store.opening import open_store
 from walship.replica.store.settings import LocalSettings, S3Settings
 from walship.vfs.registry import canonical, registry
 
@@ -140,14 +140,13 @@ class Stores:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.opened: list[FaultyStore] = []
         self.threads: set[int] = set()
-        self._open_store = engine_module.open_store
         self.blocked: Sequence[str] = ()
         self.before = 0.0
         self.after = 0.0
-        monkeypatch.setattr(engine_module, "open_store", self._open)
+        monkeypatch.setattr("walship.replica.engine.open_store", self._open)
 
     def _open(self, settings: StoreSettings, clock: Clock) -> FaultyStore:
-        store = _Watched(self._open_store(settings, clock), self)
+        store = _Watched(open_store(settings, clock), self)
         store.before, store.after = self.before, self.after
         if self.blocked:
             store.block(self.blocked)
@@ -213,7 +212,7 @@ def dump(path: Path) -> list[tuple[Any, ...]]:
     try:
         connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         connection.set_busy_timeout(5000)
-        with connection:
+        with connection:  # one read transaction
             tables = connection.execute(
                 "SELECT name, sql FROM sqlite_schema WHERE type = 'table' "
                 "AND name NOT LIKE 'sqlite_%' ORDER BY name"
@@ -222,6 +221,6 @@ def dump(path: Path) -> list[tuple[Any, ...]]:
             for name, _ in tables:
                 content = connection.execute(f'SELECT rowid, * FROM "{name}" ORDER BY rowid')
                 rows.extend((name, *row) for row in content)
-            return rows
+        return rows
     finally:
         connection.close(True)

@@ -199,17 +199,17 @@ def _is_page(_self: Any, data: bytes, _offset: int) -> bool:
 
 
 def _is_journal_rename(_source: Any, target: Any) -> bool:
-    return os.fspath(target).endswith("/journal")
+    return str(target).endswith("/journal")
 
 
 def _is_wal_name(_self: Any, name: str, _sync: Any) -> bool:
-    return name.endswith("-wal")
+    return bool(name.endswith("-wal"))
 
 
 def _is_commit_bell(_self: Any, op: int, _ptr: int) -> bool:
     import apsw
 
-    return op == apsw.SQLITE_FCNTL_COMMIT_PHASETWO
+    return bool(op == apsw.SQLITE_FCNTL_COMMIT_PHASETWO)
 
 
 _SPOOL = "walship.replica.spool:Spool"

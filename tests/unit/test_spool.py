@@ -1,4 +1,4 @@
-"""The spool's journal: what is durable comes back, what is torn does not, and nothing is mixed up."""
+"""The spool's journal: what is durable comes back, what is torn does not."""
 
 from __future__ import annotations
 
@@ -38,6 +38,10 @@ def _sealed(txid: int, body: bytes) -> Sealed:
     return Sealed(txid=txid, size_bytes=len(body), sha256=f"{txid:064x}", timestamp_ms=txid * 10)
 
 
+def _piece(size_bytes: int) -> Sealed:
+    return Sealed(txid=0, size_bytes=size_bytes)
+
+
 def _content(spool: Spool, sealed: Sealed) -> bytes:
     body = spool.read(sealed)
     return body if isinstance(body, bytes) else body.read_bytes()
@@ -65,7 +69,7 @@ def test_everything_comes_back(directory: Path) -> None:
         copying=True,
     )
     spool.record(state)
-    spool.add_piece(replace(state, position=_position(10)), [b"one", b"piece"], 8)
+    spool.add_piece(replace(state, position=_position(10)), _piece(8), [b"one", b"piece"])
     spool.add_segment(replace(state, txid=5), _sealed(5, b"segment"), [b"segment"], keep=1)
     before = spool.state
     spool = _reopened(spool)
@@ -80,7 +84,7 @@ def test_a_segment_takes_the_pieces_in(directory: Path) -> None:
     """Freezing a segment drops the pieces in it and keeps those sealed later."""
     spool = Spool.open(directory)
     for n in range(4):
-        spool.add_piece(State(position=_position(n + 1)), [b"%d" % n], 1)
+        spool.add_piece(State(position=_position(n + 1)), _piece(1), [b"%d" % n])
     spool.add_segment(State(txid=1), _sealed(1, b"merged"), [b"merged"], keep=1)
     assert [_content(spool, piece) for piece in spool.state.pieces] == [b"3"]
     spool = _reopened(spool)
@@ -93,7 +97,7 @@ def test_merged_pieces_replace_their_parts(directory: Path) -> None:
     """The merge of some pieces stands in their place, between those before and after."""
     spool = Spool.open(directory)
     for n in range(4):
-        spool.add_piece(State(position=_position(n + 1)), [b"%d" % n], 1)
+        spool.add_piece(State(position=_position(n + 1)), _piece(1), [b"%d" % n])
     spool.replace_pieces(1, 2, [b"12"], 2)
     spool = _reopened(spool)
     assert [_content(spool, piece) for piece in spool.state.pieces] == [b"0", b"12", b"3"]
@@ -121,7 +125,7 @@ def test_acknowledged_segments_are_let_go(directory: Path) -> None:
 def test_bodies_survive_rewriting_the_journal(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What somebody still holds of a segment reads the same bytes after the journal was rewritten."""
+    """A segment that somebody still holds reads the same after the journal was rewritten."""
     monkeypatch.setattr("walship.replica.spool._REWRITE_BYTES", 2000)
     spool = Spool.open(directory)
     rng = random.Random(1)
@@ -161,7 +165,7 @@ def test_every_prefix_of_the_journal_is_a_state_that_was(directory: Path, seed: 
     ends = {spool._open_journal().end: spool.state}
     for n in range(1, 12):
         if rng.random() < 0.5:
-            spool.add_piece(State(txid=n, position=_position(n)), [rng.randbytes(30)], 30)
+            spool.add_piece(State(txid=n, position=_position(n)), _piece(30), [rng.randbytes(30)])
         else:
             spool.record(State(txid=n, position=_position(n)), drop_pieces=rng.random() < 0.3)
         ends[spool._open_journal().end] = spool.state
@@ -213,7 +217,7 @@ def test_a_failed_write_changes_nothing(directory: Path, monkeypatch: pytest.Mon
         with pytest.raises(SpoolError, match="No space left"):
             spool.record(State(txid=2))
         with pytest.raises(SpoolError, match="No space left"):
-            spool.add_piece(State(txid=2), [b"x"], 1)
+            spool.add_piece(State(txid=2), _piece(1), [b"x"])
     assert spool.state.txid == 1
     spool.record(State(txid=3))
     spool = _reopened(spool)
