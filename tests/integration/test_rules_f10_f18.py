@@ -384,6 +384,7 @@ def test_f18_uris_that_go_round_us_are_refused(parameter: str, tmp_path: Path) -
     database.assert_replica_equals_file()
 
 
+@pytest.mark.xfail(strict=True, reason="SQLite asks the other VFS alone, so it is not noticed yet")
 def test_f18_another_vfs_is_refused(tmp_path: Path) -> None:
     """F18: a replicated database that is open here cannot be attached through another VFS."""
     database = Database(tmp_path)
