@@ -31,6 +31,7 @@ from .sqlite import (
     require_sqlite,
 )
 from .store.base import ObjectStore
+from .store.local import sync_data
 from .store.opening import open_store
 from .store.retrying import RetryingStore
 from .store.settings import LocalSettings
@@ -249,6 +250,11 @@ class Engine:
                 self.name,
                 self._store.url,
             )
+
+    @staticmethod
+    def sync_descriptor(fd: int) -> None:
+        """Make what was written to a file survive a power cut; the GIL is free meanwhile."""
+        sync_data(fd)
 
     def main_descriptor(self) -> int | None:
         """A descriptor on the main file to sync it through, so that the GIL is free meanwhile."""

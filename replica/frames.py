@@ -24,6 +24,7 @@ from .format.wal import (
     iter_frame_pgnos,
     parse_frame_header,
 )
+from .store.local import sync_data
 
 __all__ = ["Batch", "WalReader", "collect", "pages"]
 
@@ -90,7 +91,7 @@ class WalReader:
     def sync(self) -> None:
         """Make everything in the WAL survive a power cut; releases the GIL."""
         if self.fd >= 0:
-            os.fdatasync(self.fd)
+            sync_data(self.fd)
 
     def close(self) -> None:
         if self.fd >= 0:

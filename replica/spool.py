@@ -42,7 +42,7 @@ import xxhash
 from .errors import FormatError, ReplicaError
 from .format.types import WalSalts
 from .sqlite import SpoolError
-from .store.local import fsync_directory
+from .store.local import fsync_directory, sync_data
 
 __all__ = [
     "Fingerprint",
@@ -449,7 +449,7 @@ class Spool:
                 fd, file = self.create_file()
                 try:
                     write_all(fd, body)
-                    os.fdatasync(fd)
+                    sync_data(fd)
                 except BaseException:
                     os.unlink(self.directory / file)
                     raise
@@ -505,7 +505,7 @@ class Spool:
                 journal.size = grown
             write_all(journal.fd, [header, text, *payload], journal.end)
             if durable:
-                os.fdatasync(journal.fd)
+                sync_data(journal.fd)
         self._state = _apply(self._state, kind, meta, end - length, length)
         journal.end = end
 
@@ -625,7 +625,7 @@ class SegmentSink:
         if self.file is None:
             return self._parts
         with _local_errors(self._spool.directory):
-            os.fdatasync(self._fd)
+            sync_data(self._fd)
         os.close(self._fd)
         self._fd = -1
         return self.file

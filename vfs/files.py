@@ -204,7 +204,7 @@ class MainFile(apsw.VFSFile):
             self._synced = True
             return
         try:
-            sync_descriptor(fd)
+            self.engine.sync_descriptor(fd)
         except BaseException as error:
             raise _as_io_error(error, "the database could not be synced") from error
 
@@ -268,7 +268,7 @@ class WalFile(apsw.VFSFile):
         try:
             if self._fd < 0:
                 self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-            sync_descriptor(self._fd)
+            self._engine.sync_descriptor(self._fd)
         except BaseException as error:
             raise _as_io_error(error, "the write-ahead log could not be synced") from error
 
@@ -277,13 +277,3 @@ class WalFile(apsw.VFSFile):
             os.close(self._fd)
             self._fd = -1
         _close(self)
-
-
-def sync_descriptor(fd: int) -> None:
-    full = getattr(os, "F_FULLFSYNC", None)
-    if full is None:
-        os.fdatasync(fd)
-    else:  # macOS: fsync alone does not reach the disk's platters
-        import fcntl
-
-        fcntl.fcntl(fd, full)

@@ -64,6 +64,17 @@ def fsync_file(fd: int) -> None:
     os.fsync(fd)
 
 
+def sync_data(fd: int) -> None:
+    """Make the content of an open file survive a power cut, and its length if that changed.
+
+    Cheaper than `fsync_file` where the system can leave times and the like aside.
+    """
+    if F_FULLFSYNC is None and hasattr(os, "fdatasync"):
+        os.fdatasync(fd)
+    else:
+        fsync_file(fd)
+
+
 def fsync_directory(directory: Path) -> None:
     """Make creations, renames and removals in ``directory`` survive a power cut."""
     fd = os.open(directory, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))

@@ -11,6 +11,14 @@ Everything public is listed in ``__all__``; the rest may change.
 
 from __future__ import annotations
 
+import sys
+
+if sys.platform == "win32":
+    raise ImportError(
+        "walship does not run on Windows yet: its locks and durable renames are those of Linux and "
+        "macOS. Run it there, or in WSL."
+    )
+
 from walship.replica.engine import Status
 from walship.replica.errors import (
     ChecksumError,
