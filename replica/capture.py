@@ -48,6 +48,9 @@ log = logging.getLogger("walship.capture")
 
 #: Pieces of at least this size are sent alone: merging them would cost more than a request.
 _SOLO_BYTES: Final = 1024 * 1024
+#: So many bytes of WAL frames are sealed and sent at once, whatever the sync interval says: better
+#: in the uploader's thread, beside the checkpoint that such a commit starts, than at the gate.
+_MUCH_BYTES: Final = 4 * 1024 * 1024
 #: A file changed less than this long ago may change again without a visible sign: the kernel's
 #: timestamps advance in ticks of up to 10 ms.
 _SETTLE_NS: Final = 20_000_000
@@ -180,6 +183,20 @@ class Capture:
     def scratch_path(self, purpose: str) -> Path:
         """A name for a large temporary file beside the spool; removed at the next start."""
         return self._spool.directory / f"{purpose}.tmp"
+
+    def has_much(self) -> bool:
+        """Whether enough is committed and not sealed that it is worth an object of its own."""
+        if not self.mutex.acquire(blocking=False):
+            return False  # somebody is sealing it right now
+        try:
+            position = self.state.position
+            published = self._port.published()
+            if position is None or published is None:
+                return False
+            frames = published.mx_frame - position.frame
+            return frames * self.state.page_size >= _MUCH_BYTES
+        finally:
+            self.mutex.release()
 
     def has_content(self) -> bool:
         """Whether the main file holds any page at all."""

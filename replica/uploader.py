@@ -4,7 +4,8 @@ One scheduling thread per database and a few threads for requests, so that sever
 in flight when the store is far away.  The logic is `Uploader.step`, which tests call with a clock
 of their own; `Uploader.run` only steps and waits for the bell.
 
-The bell is answered at once when the database was idle, and at most every sync interval under load.
+The bell is answered at once when the database was idle or much was written, and at most every sync
+interval under load otherwise.
 A TXID is given when a segment is frozen, its bytes are in the spool before they are sent, and they
 stay as they are until the answer is known.  Acknowledgements count in TXID order, whatever order
 the answers come in.
@@ -339,7 +340,8 @@ class Uploader:
         with self._changed:
             ticket = self._tickets
         due = self._last_send + self._sync_interval_s
-        if now < due and ticket == self._covered_ticket and not self._capture.more:
+        wanted = ticket != self._covered_ticket or self._capture.more
+        if now < due and not wanted and not (self.dirty and self._capture.has_much()):
             self._merge_if_many()
             return min(TICK_S, due - now) if self._dirty_since is not None else TICK_S
         return self._take_and_send(now, ticket)
