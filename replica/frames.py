@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import struct
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -35,6 +35,8 @@ _SCAN_BYTES: Final = 1024 * 1024
 #: A batch up to this size is read once and kept; of a larger one only the pages that count are
 #: read again, which are few where the same pages change over and over.
 _KEEP_BYTES: Final = 256 * 1024
+#: From so many frames on it is worth counting by page.
+_DENSE_FRAMES: Final = 16_384
 #: Longest run of consecutive pages that is read in one go.
 _RUN_BYTES: Final = 512 * 1024
 
@@ -119,6 +121,26 @@ class Batch:
     kept: bytes | None
 
 
+class DenseKeys:
+    """Keys of a batch as one frame number for each page of the database; iterable repeatedly."""
+
+    def __init__(self, commit: int) -> None:
+        self._frames = array("I", bytes(4 * (commit + 1)))
+
+    def put(self, newest: Mapping[int, int]) -> None:
+        """Newer frames of some pages; those above the database's end do not count."""
+        frames = self._frames
+        n_pages = len(frames)
+        for pgno, frame_no in newest.items():
+            if pgno < n_pages:
+                frames[pgno] = frame_no
+
+    def __iter__(self) -> Iterator[int]:
+        for pgno, frame_no in enumerate(self._frames):
+            if frame_no:
+                yield pgno << 32 | frame_no
+
+
 def collect(wal: WalReader, after: int, last: int, page_size: int) -> Batch:
     """Scan the frames behind ``after`` through ``last``: the newest frame of each page."""
     first = after + 1
@@ -129,6 +151,13 @@ def collect(wal: WalReader, after: int, last: int, page_size: int) -> Batch:
     # One buffer for all chunks: fresh ones would cost more in page faults than the reading does.
     buffer = bytearray(0 if keep else min(chunk_frames * step, total))
     kept: bytes | None = None
+    last_frame = wal.frame(last, page_size)
+    if last_frame is None:
+        raise FormatError("the WAL is shorter than its index says")
+    # A large batch that covers much of the database: 4 bytes for each page of it are far less than
+    # a number object for each frame.
+    dense = last - after >= _DENSE_FRAMES and last_frame.commit <= 4 * (last - after)
+    table = DenseKeys(last_frame.commit if dense else 0)
     keys = array("Q")
     end = FrameHeader(0, 0, 0, 0, 0, 0)
     frame_no = first
@@ -144,10 +173,15 @@ def collect(wal: WalReader, after: int, last: int, page_size: int) -> Batch:
         if n_read != count * step:
             raise FormatError("the WAL is shorter than its index says")
         newest = {pgno: n for n, (pgno,) in enumerate(iter_frame_pgnos(data, page_size), frame_no)}
-        keys.extend([pgno << 32 | n for pgno, n in newest.items()])
+        if dense:
+            table.put(newest)
+        else:
+            keys.extend([pgno << 32 | n for pgno, n in newest.items()])
         frame_no += count
         end = parse_frame_header(data[(count - 1) * step : (count - 1) * step + FRAME_HEADER_SIZE])
     commit = end.commit
+    if dense:
+        return Batch(first, last, table, commit, end.checksum, None)
     ordered = sorted(keys)
     if len(keys) and not keep:
         ordered = [
