@@ -95,6 +95,8 @@ class Capture:
         self._note_wal = WalReader(path + "-wal")
         # Salts and mxFrame when the latest checkpoint began: the end of the WAL at a restart.
         self._known_end: tuple[WalSalts, int] | None = None
+        # The generation whose gate could not seal, and so did not let SQLite through.
+        self._refused: WalSalts | None = None
         # There is no WAL content that matters: everything is in the main file and sealed.
         self._wal_gone = False
         #: Whether page 1 says WAL mode, as the VFS saw it last; before that nothing may be read,
@@ -299,6 +301,7 @@ class Capture:
                 old = WalPosition(old.salts, batch.last, batch.checksum) if batch else old
         if header is not None:
             page_size = header.page_size
+        self._refused = old.salts if old is not None else None  # until it is sealed
         after = replace(state, page_size=page_size, position=successor, previous=old)
         if successor is None:
             after = replace(after, fingerprint=self._settled_fingerprint())
@@ -306,11 +309,13 @@ class Capture:
             after = replace(after, fingerprint=None)
         if batch is None:
             self._spool.record(after)
+            self._refused = None
             return
         self._add_unwritten(batch, state.commit, page_size)
         after = replace(after, commit=batch.commit)
         self._wal.sync()
         self._seal_piece(batch, after, page_size, read_main)
+        self._refused = None
 
     def _locate(self, header: WalHeader | None) -> WalPosition | None:
         """Our position in the WAL on disk: the present one, or the one before the last gate."""
@@ -586,7 +591,14 @@ class Capture:
         if position != state.position:
             return None  # a restart is under way: its header is not written yet
         published = self._port.published()
-        if published is None or published.mx_frame <= position.frame:
+        if published is None:
+            return None
+        if published.mx_frame == 0 and self._refused == header.salts:
+            # SQLite had reset the wal-index when a gate was refused (the spool was full): all is in
+            # the main file, and the next writer has to come through the gate first.
+            batch = self._rest_of_wal(position, header, self._port.read_main)
+            return None if batch is None else (batch, header.page_size)
+        if published.mx_frame <= position.frame:
             return None
         last = published.mx_frame
         if limit and self._max_sync_wal_bytes:

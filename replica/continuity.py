@@ -54,7 +54,7 @@ def replica_head(store: ObjectStore, *, after_txid: int | None = None) -> Segmen
     head: SegmentInfo | None = None
     for level in range(LEVEL_MAX + 1):
         for info in list_segments(store, level, after_txid=after_txid if level == 0 else None):
-            if head is None or info.max_txid > head.max_txid:
+            if info.size_bytes and (head is None or info.max_txid > head.max_txid):
                 head = info
         if level == 0 and head is not None:
             return head
@@ -91,7 +91,10 @@ def _check_own_record(capture: Capture, store: ObjectStore) -> SegmentInfo | Non
     """None if the replica is what the record says; else its head, written by somebody else."""
     state = capture.state
     known = state.acked_txid
-    newer = list(list_segments(store, 0, after_txid=known - 1 if known else None))
+    listing = list_segments(store, 0, after_txid=known - 1 if known else None)
+    # Some servers keep an empty object where a client died after the headers of its upload; the
+    # upload that comes next under its name replaces it.
+    newer = [info for info in listing if info.size_bytes]
     if known and not newer:
         left = replica_head(store)
         txid = left.max_txid if left else 0

@@ -220,6 +220,7 @@ def find_source(
             old_listing = pool.submit(list_v03, store)
         segments = _list_all(store, pool)
         old = plan_v03(old_listing.result(), before_ms=timestamp_ms) if old_listing else None
+    segments = _without_empty_uploads(store, segments)
     if timestamp_ms is not None:
         segments = _with_metadata_times(store, segments)
     if old is not None and _old_is_newer(old, segments, timestamp_ms):
@@ -235,6 +236,29 @@ def find_source(
         if old is not None:
             return Source(None, old)
         raise
+
+
+def _without_empty_uploads(
+    store: ObjectStore, segments: Sequence[SegmentInfo]
+) -> list[SegmentInfo]:
+    """Leave out empty objects of level 0 that carry walship's mark.
+
+    Some servers keep one where a client died after the headers of its upload.  Nobody was told that
+    it arrived.  Any other empty object is damage, and fails the restore when it is read.
+    """
+
+    def never_arrived(segment: SegmentInfo) -> bool:
+        if segment.size_bytes or segment.level:
+            return False
+        return SHA256_METADATA in store.head(segment.key).metadata
+
+    kept = []
+    for segment in segments:
+        if never_arrived(segment):
+            _log.warning("%s is empty: its upload never ended; left out", segment.key)
+        else:
+            kept.append(segment)
+    return kept
 
 
 def _plan_to_gap(store: ObjectStore, segments: Sequence[SegmentInfo], gap: GapError) -> Plan:

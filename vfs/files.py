@@ -54,6 +54,8 @@ _lock = apsw.VFSFile.xLock
 _unlock = apsw.VFSFile.xUnlock
 _close = apsw.VFSFile.xClose
 
+sync_descriptor = Engine.sync_descriptor
+
 
 # The main file that was locked last in this thread: SQLite opens the -wal right after that, and
 # says only its name.
@@ -204,7 +206,7 @@ class MainFile(apsw.VFSFile):
             self._synced = True
             return
         try:
-            self.engine.sync_descriptor(fd)
+            sync_descriptor(fd)
         except BaseException as error:
             raise _as_io_error(error, "the database could not be synced") from error
 
@@ -268,7 +270,7 @@ class WalFile(apsw.VFSFile):
         try:
             if self._fd < 0:
                 self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-            self._engine.sync_descriptor(self._fd)
+            sync_descriptor(self._fd)
         except BaseException as error:
             raise _as_io_error(error, "the write-ahead log could not be synced") from error
 

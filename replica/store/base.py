@@ -147,9 +147,6 @@ def list_segments(
 ) -> Iterator[SegmentInfo]:
     """Segments of one level in the order of their names; other names are passed over.
 
-    So are empty objects: some servers leave one behind where a client died after the headers of its
-    upload, and no segment is empty.
-
     Args:
         after_txid: only names that sort behind ``<after_txid>-<after_txid>.ltx``.
     """
@@ -159,5 +156,5 @@ def list_segments(
         start_after = prefix + format_segment_name(after_txid, after_txid)
     for info in store.list(prefix, start_after):
         txids = parse_segment_name(info.key[len(prefix) :])
-        if txids is not None and info.size_bytes:
+        if txids is not None:
             yield SegmentInfo(level, *txids, info.size_bytes, info.modified_ms, info.key)

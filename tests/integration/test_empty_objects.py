@@ -15,6 +15,7 @@ import pytest
 
 import walship
 from support.servers import S3Endpoint
+from walship.replica.store.base import SHA256_METADATA
 
 
 def rows(path: Path) -> int:
@@ -39,17 +40,17 @@ def test_an_empty_object_is_replaced(tmp_path: Path) -> None:
     assert rows(tmp_path / "out.db") == 1
 
 
-def test_a_restore_passes_over_an_empty_object(tmp_path: Path) -> None:
-    """The newest object being empty, the state before it is the newest; a new machine goes on."""
+def test_an_empty_object_without_a_mark_is_damage(tmp_path: Path) -> None:
+    """In a directory nothing says that an empty segment never arrived: a restore refuses it."""
     path, replica = tmp_path / "app.db", tmp_path / "replica"
     with closing(walship.connect(path, replica)) as db:
         db.execute("create table t(x)")
         txid = walship.replication(db).sync(30)
     (replica / "ltx" / "0" / f"{txid + 1:016x}-{txid + 1:016x}.ltx").touch()
-    assert walship.restore(replica, tmp_path / "out.db").txid == txid
-    with closing(walship.connect(tmp_path / "new.db", replica)) as db:
-        db.execute("insert into t values(1)")
-        assert walship.replication(db).sync(30) == txid + 1
+    with pytest.raises(walship.FormatError):
+        walship.restore(replica, tmp_path / "out.db")
+    assert not (tmp_path / "out.db").exists()
+    assert walship.restore(replica, tmp_path / "out.db", txid=txid).txid == txid
 
 
 @pytest.mark.s3
@@ -64,15 +65,20 @@ def test_a_client_that_dies_after_the_headers(
         txid = walship.replication(db).sync(30)
     key = f"app/0000/{txid + 1:016x}-{txid + 1:016x}.ltx"
     url = s3_server.client().generate_presigned_url(
-        "put_object", Params={"Bucket": bucket, "Key": key}
+        "put_object",
+        Params={"Bucket": bucket, "Key": key, "Metadata": {SHA256_METADATA: "0" * 64}},
     )
     parts = urlsplit(url)
     with socket.create_connection((parts.hostname, parts.port)) as connection:
         target = f"{parts.path}?{parts.query}"
-        head = f"PUT {target} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Length: 500\r\n\r\n"
+        head = (
+            f"PUT {target} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Length: 500\r\n"
+            f"x-amz-meta-{SHA256_METADATA}: {'0' * 64}\r\n\r\n"
+        )
         connection.sendall(head.encode())
         time.sleep(0.2)
     time.sleep(0.3)
+    assert walship.restore(replica, tmp_path / "before.db").txid == txid
     with closing(walship.connect(path, replica)) as db:
         db.execute("insert into t values(1)")
         assert walship.replication(db).sync(30) == txid + 1

@@ -298,9 +298,9 @@ def test_parts_in_flight(endpoint: RecordingEndpoint) -> None:
     """No more parts are in flight than `concurrency` says, and that many are."""
     running, most, lock = 0, 0, threading.Lock()
     gate = threading.Barrier(2, timeout=20)
-    original = s3._read_part
+    original = s3._part
 
-    def counted(body: object, start: int, length: int) -> bytes:
+    def counted(body: object, start: int, length: int) -> object:
         nonlocal running, most
         with lock:
             running += 1
@@ -311,7 +311,7 @@ def test_parts_in_flight(endpoint: RecordingEndpoint) -> None:
         return original(body, start, length)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(s3, "_read_part", counted)
+        patch.setattr(s3, "_part", counted)
         with opened(f"s3://b/p?endpoint={endpoint.url}&concurrency=2") as store:
             store.put("0009/big", bytes(20 * MIB))
     assert most == 2
