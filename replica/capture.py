@@ -216,9 +216,9 @@ class Capture:
             self._spool.acknowledge(txid)
 
     def begin(self, state: State) -> None:
-        """Record the outcome of comparing with the replica (lineage, TXID, what was dropped)."""
+        """Record a new lineage and its TXID; what was frozen for another history is dropped."""
         with self.mutex:
-            self._spool.record(state, drop_segments=state.segments == ())
+            self._spool.record(state, drop_segments=True)
 
     def require_full_copy(self, reason: str) -> None:
         """Give up continuity: the next segment will hold every page.  Says so in the log."""

@@ -28,13 +28,13 @@ from typing import Final
 
 from .capture import Capture
 from .clock import Clock
-from .errors import ContinuityError, FormatError, StoreError
+from .errors import ContinuityError, FormatError, RestoreError
 from .format.ltx import decode
 from .format.types import LEVEL_MAX, format_segment_name, format_txid
 from .restore import restore, unacknowledged
 from .spool import State, new_lineage
-from .store.base import SHA256_METADATA, ObjectStore, SegmentInfo, list_segments
-from .uploader import same_bytes, sha256_of
+from .store.base import ObjectStore, SegmentInfo, list_segments
+from .uploader import has_sha256, same_bytes
 
 __all__ = ["reconcile", "replica_head"]
 
@@ -150,10 +150,7 @@ def _is_recorded(store: ObjectStore, info: SegmentInfo, state: State) -> bool:
     """Whether the object under our last TXID is the one we put there."""
     if not state.sha256:
         return True  # taken over or restored: its bytes were never ours
-    recorded = store.head(info.key).metadata.get(SHA256_METADATA)
-    if recorded is not None:
-        return recorded == state.sha256
-    return sha256_of(lambda offset, length: store.get(info.key, offset, length)) == state.sha256
+    return has_sha256(store, store.head(info.key), state.sha256)
 
 
 def _check_suspicion(capture: Capture, store: ObjectStore, adopt: bool) -> None:
@@ -174,8 +171,8 @@ def _check_suspicion(capture: Capture, store: ObjectStore, adopt: bool) -> None:
         data = store.get(store.level_prefix(0) + name)
     else:
         return
-    page_size, pages = decode(data)[0].page_size, decode(data)[1]
-    if adopt or any(capture.main_holds(pgno, page, page_size) for pgno, page in pages):
+    header, pages = decode(data)
+    if adopt or any(capture.main_holds(pgno, page, header.page_size) for pgno, page in pages):
         return
     raise ContinuityError(
         f"{capture.path} has lost commits that {store.url} holds (its -wal file is gone): restore "
@@ -241,11 +238,7 @@ def _is_at_head(capture: Capture, store: ObjectStore, clock: Clock, head: Segmen
     try:
         try:
             result = restore(store, path, clock=clock, overwrite=True)
-        except StoreError:
-            raise
-        except (FormatError, Exception) as error:
-            if isinstance(error, OSError):
-                raise
+        except (FormatError, RestoreError) as error:
             log.warning("the replica's newest state cannot be restored: %s", error)
             return False
         if result.txid != head.max_txid:

@@ -583,17 +583,20 @@ class Uploader:
 
 
 def same_bytes(store: ObjectStore, info: ObjectInfo, sealed: Sealed) -> bool:
-    """Whether an object is the segment that was frozen here.
+    """Whether an object is the segment that was frozen here; ``info`` is from a HEAD."""
+    return info.size_bytes == sealed.size_bytes and has_sha256(store, info, sealed.sha256)
 
-    The sha256 in the object's metadata decides; without one (a directory, another writer's object)
-    the content is read.
+
+def has_sha256(store: ObjectStore, info: ObjectInfo, sha256: str) -> bool:
+    """Whether an object's content has this digest (hex); ``info`` is from a HEAD.
+
+    The one in the object's metadata decides; without it (a directory, another writer's object) the
+    content is read.
     """
-    if info.size_bytes != sealed.size_bytes:
-        return False
     recorded = info.metadata.get(SHA256_METADATA)
     if recorded is not None:
-        return recorded == sealed.sha256
-    return sha256_of(lambda offset, length: store.get(info.key, offset, length)) == sealed.sha256
+        return recorded == sha256
+    return sha256_of(lambda offset, length: store.get(info.key, offset, length)) == sha256
 
 
 def sha256_of(read: Callable[[int, int], bytes]) -> str:

@@ -181,6 +181,27 @@ def test_max_spool_bytes_is_a_full_spool(tmp_path: Path, stores: Stores) -> None
     assert (tmp_path / "out.db").read_bytes() == path.read_bytes()
 
 
+def test_another_replica_gets_nothing_of_the_first(tmp_path: Path, stores: Stores) -> None:
+    """What was frozen for one replica and never arrived is not sent to another one."""
+    path, first, second = tmp_path / "a.db", tmp_path / "r1", tmp_path / "r2"
+    with closing(walship.connect(path, first, sync_interval=0, shutdown_sync_timeout=0)) as db:
+        db.execute("create table t(x)")
+        walship.replication(db).sync(30)
+        stores.block(("put",))
+        for n in range(3):
+            db.execute("insert into t values(?)", (n,))
+            with pytest.raises(walship.NotYetReplicated):
+                walship.replication(db).sync(0.3)
+    stores.release()
+    with closing(walship.connect(path, second, sync_interval=0)) as db:
+        assert walship.replication(db).sync(30) == 1
+        db.execute("insert into t values(4)")
+        assert walship.replication(db).sync(30) == 2
+    assert len(segments(second)) == 2
+    walship.restore(second, tmp_path / "out.db")
+    assert (tmp_path / "out.db").read_bytes() == path.read_bytes()
+
+
 def test_one_replica_for_two_databases_is_refused(tmp_path: Path) -> None:
     """Two databases of one process may not be shipped to the same place."""
     with (
