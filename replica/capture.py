@@ -39,7 +39,16 @@ from .format.wal import (
     wal_size,
 )
 from .frames import Batch, WalReader, collect, pages
-from .spool import INLINE_BYTES, Fingerprint, Sealed, SegmentSink, Spool, State, WalPosition
+from .spool import (
+    INLINE_BYTES,
+    DrainMutex,
+    Fingerprint,
+    Sealed,
+    SegmentSink,
+    Spool,
+    State,
+    WalPosition,
+)
 from .sqlite import ReadView, SpoolError, SqlitePort
 
 __all__ = ["Capture", "TailLost"]
@@ -87,33 +96,35 @@ class Capture:
         self._clock = clock
         self._encoding = encoding
         self._max_sync_wal_bytes = max_sync_wal_bytes
+        self._files = spool.files
         #: The drain mutex.  Guards the spool, the WAL descriptor and all fields below.
-        self.mutex = threading.RLock()
-        self._wal = WalReader(path + "-wal")
+        self.mutex = DrainMutex(spool)
+        self._wal = WalReader(path + "-wal", self._files)
         # Guards `_note_wal`, another descriptor on the same file.
         self._note_lock = threading.Lock()
-        self._note_wal = WalReader(path + "-wal")
+        self._note_wal = WalReader(path + "-wal", self._files)
         # Salts and mxFrame when the latest checkpoint began: the end of the WAL at a restart.
         self._known_end: tuple[WalSalts, int] | None = None
         # The generation whose gate could not seal, and so did not let SQLite through.
         self._refused: WalSalts | None = None
-        # There is no WAL content that matters: everything is in the main file and sealed.
-        self._wal_gone = False
         #: Whether page 1 says WAL mode, as the VFS saw it last; before that nothing may be read,
         #: for a reader would be in the way of switching to it.
         self.in_wal_mode = False
-        #: The WAL vanished without a clean close: its commits may be lost (`continuity` decides).
-        self.suspect = False
-        #: Why only a full copy can come next; None while the history is continuous.
-        self.full_copy_reason: str | None = "not opened"
+        # Why history is not continuous, if even that could not be recorded (disk full): the next
+        # start then finds a WAL that the record does not name.
+        self._unrecorded: str | None = None
         #: The last `take` was cut at the limit of one segment: there is more to take at once.
         self.more = False
-        self._last_timestamp_ms = 0
 
     @property
     def state(self) -> State:
         """The spool's state; immutable."""
         return self._spool.state
+
+    @property
+    def full_copy_reason(self) -> str | None:
+        """Why only a full copy can come next; None while the history is continuous."""
+        return self._unrecorded or self._spool.state.resync or None
 
     # -- opening ------------------------------------------------------------------------------
 
@@ -126,47 +137,65 @@ class Capture:
             TailLost: the WAL lost frames that were sealed from it.
         """
         with self.mutex:
-            self.full_copy_reason = self._prove()
-            if self.full_copy_reason is not None and self.state.pieces:
-                self._spool.record(self._unproven(), drop_pieces=True)
+            found = self._prove()
+            if found is None:
+                return
+            reason, suspect = found
+            if not self.state.pieces and (reason, suspect) == (
+                self.state.resync,
+                self.state.suspect,
+            ):
+                return
+            self._unrecorded = reason
+            with contextlib.suppress(SpoolError):
+                state = replace(self._unproven(), resync=reason, suspect=suspect)
+                self._spool.record(state, durable=False, drop_pieces=True)
+                self._unrecorded = None
 
     def _unproven(self) -> State:
         return replace(
-            self.state, position=None, previous=None, fingerprint=None, copying=False, commit=0
+            self.state,
+            position=None,
+            previous=None,
+            fingerprint=None,
+            wal_gone=False,
+            copying=False,
+            commit=0,
         )
 
-    def _prove(self) -> str | None:
+    def _prove(self) -> tuple[str, bool] | None:
+        """None, or why history is not continuous and whether commits may have been lost."""
         state = self.state
-        self._wal_gone = False
-        if state.copying:
-            return "the first copy was not finished"
-        if state.position is None and state.fingerprint is None:
-            return "there is no record of what was replicated" if state.txid == 0 else "resync"
-        unchanged = state.fingerprint is not None and state.fingerprint == _fingerprint(self.path)
+        if state.resync:
+            return state.resync, state.suspect
+        unchanged = state.fingerprint is not None and state.fingerprint == self._fingerprint()
         header = self._wal.header()
         if header is None:
             if unchanged:
-                self._wal_gone = True
+                if not state.wal_gone:
+                    self._spool.record(replace(state, wal_gone=True), durable=False)
                 return None
             # Whoever checkpointed the WAL wrote to the main file after our last record.
-            main = _fingerprint(self.path)
+            main = self._fingerprint()
             written = main is not None and main.mtime_ns > self._spool.found_mtime_ns
-            self.suspect = state.position is not None and state.position.frame > 0 and not written
-            return "the database file was changed while walship was away"
+            suspect = state.position is not None and state.position.frame > 0 and not written
+            return "the database file was changed while walship was away", suspect
         for candidate in (state.position, state.previous):
             if candidate is None or candidate.salts != header.salts:
                 continue
             if not self._intact(candidate, header):
                 raise TailLost("the WAL ends before what was already replicated from it")
             if candidate != state.position:
-                self._spool.record(replace(state, position=candidate, previous=None))
+                self._spool.record(
+                    replace(state, position=candidate, previous=None, wal_gone=False)
+                )
             return None
         if unchanged:
             # All that happened since the clean close is in this WAL, from its first frame on.
             position = WalPosition(header.salts, 0, header.checksum)
-            self._spool.record(replace(state, position=position, previous=None))
+            self._spool.record(replace(state, position=position, previous=None, wal_gone=False))
             return None
-        return "the WAL was restarted or replaced while walship was away"
+        return "the WAL was restarted or replaced while walship was away", False
 
     def _intact(self, position: WalPosition, header: WalHeader) -> bool:
         if position.frame == 0:
@@ -202,7 +231,7 @@ class Capture:
 
     def has_content(self) -> bool:
         """Whether the main file holds any page at all."""
-        fingerprint = _fingerprint(self.path)
+        fingerprint = self._fingerprint()
         return fingerprint is not None and fingerprint.size > 0
 
     def body(self, sealed: Sealed) -> bytes | Path:
@@ -228,10 +257,11 @@ class Capture:
     def _lose(self, reason: str) -> None:
         if self.full_copy_reason is None:
             log.warning("%s: %s; a full copy follows", os.path.basename(self.path), reason)
-        self.full_copy_reason = reason
-        # Disk full: the next start finds a WAL that the record does not name, and resyncs.
+        self._unrecorded = reason
         with contextlib.suppress(SpoolError):
-            self._spool.record(self._unproven(), durable=False, drop_pieces=True)
+            state = replace(self._unproven(), resync=reason)
+            self._spool.record(state, durable=False, drop_pieces=True)
+            self._unrecorded = None
 
     # -- the gate -----------------------------------------------------------------------------
 
@@ -261,7 +291,6 @@ class Capture:
         with self.mutex:
             successor = WalPosition(header.salts, 0, header.checksum)
             self._drain_old_generation(successor, header.page_size, read_main)
-            self._wal_gone = False
             self._known_end = None
         self._port.open()
 
@@ -272,10 +301,9 @@ class Capture:
         fingerprint, which is given up to 20 ms to age.
         """
         with self.mutex:
-            if self._wal.header() is None and self._wal_gone:
+            if self._wal.header() is None and self.state.wal_gone:
                 return
             self._drain_old_generation(None, self.state.page_size, read_main)
-            self._wal_gone = True
             self._known_end = None
 
     def _drain_old_generation(
@@ -291,7 +319,7 @@ class Capture:
         old: WalPosition | None = None
         batch: Batch | None = None
         header = self._wal.header()
-        if not self._wal_gone:
+        if not state.wal_gone:
             old = self._locate(header)
             if old is None:
                 self._lose("the WAL was restarted by a writer outside walship")
@@ -302,10 +330,16 @@ class Capture:
         if header is not None:
             page_size = header.page_size
         self._refused = old.salts if old is not None else None  # until it is sealed
-        after = replace(state, page_size=page_size, position=successor, previous=old)
+        after = replace(
+            state,
+            page_size=page_size,
+            position=successor,
+            previous=old,
+            wal_gone=successor is None,
+        )
         if successor is None:
             after = replace(after, fingerprint=self._settled_fingerprint())
-        elif not self._wal_gone:
+        elif not state.wal_gone:
             after = replace(after, fingerprint=None)
         if batch is None:
             self._spool.record(after)
@@ -348,7 +382,7 @@ class Capture:
             frame_no += 1
         if not beyond:
             return batch
-        commit = os.stat(self.path).st_size // page_size
+        commit = self._files.stat(self.path).st_size // page_size
         if batch is None:
             batch = Batch(old.frame + 1, end, [], commit, old.checksum, b"")
         keys = {key >> 32: key for key in batch.keys}
@@ -373,13 +407,19 @@ class Capture:
             self._wal.sync()
             self._seal_piece(batch, after, page_size, self._port.read_main)
 
+    def _fingerprint(self) -> Fingerprint | None:
+        try:
+            return Fingerprint.of(self.path, self._files)
+        except FileNotFoundError:
+            return None
+
     def _settled_fingerprint(self) -> Fingerprint | None:
         """The main file's identity, once it is old enough to prove anything.
 
         Nobody else can write now: the caller's thread holds SQLite's locks.
         """
         while True:
-            fingerprint = _fingerprint(self.path)
+            fingerprint = self._fingerprint()
             if fingerprint is None:
                 return None
             changed = max(fingerprint.mtime_ns, fingerprint.ctime_ns)
@@ -469,12 +509,10 @@ class Capture:
             if after is None:
                 sink.abandon()
                 return None
-            after = replace(after, txid=header.max_txid, sha256=sink.sha256)
-            sealed = self._spool.add_segment(
+            after = _frozen(after, header, sink)
+            return self._spool.add_segment(
                 after, _describe(header, sink), body, keep=len(self.state.pieces)
             )
-            self.full_copy_reason = None
-            return sealed
 
     def equals(self, other: BinaryIO, n_bytes: int) -> bool | None:
         """Whether the database is, page for page, what the file ``other`` holds.
@@ -504,7 +542,6 @@ class Capture:
                 self._spool.record(self._unproven(), drop_pieces=True)
                 return False
             self._spool.record(after)
-            self.full_copy_reason = None
             return True
 
     @contextlib.contextmanager
@@ -521,9 +558,7 @@ class Capture:
             # Writers are kept out here, so header, frames and wal-index belong together.
             with self.mutex:
                 header = self._wal.header() if mx_frame else None
-                base = replace(
-                    self._unproven(), copying=True, page_size=0, fingerprint=None, commit=0
-                )
+                base = replace(self._unproven(), copying=True, page_size=0, wal_gone=header is None)
                 salts = WalSalts(0, 0)
                 if header is not None:
                     frame = self._wal.frame(mx_frame, header.page_size)
@@ -537,7 +572,7 @@ class Capture:
                         page_size=header.page_size,
                     )
                 self._spool.record(base, durable=False, drop_pieces=True)
-                self._wal_gone = header is None
+                self._unrecorded = None
                 started.append((base, salts))
 
         with self._port.read_view(observe) as view:
@@ -547,7 +582,9 @@ class Capture:
             base, salts = started[0]
             page_size, commit = base.page_size, base.commit
             if base.position is None:
-                page_size, commit = _size_of_main(view.read_main, self.path)
+                page_size, commit = _size_of_main(
+                    view.read_main, self._files.stat(self.path).st_size
+                )
                 if commit == 0:
                     yield None
                     return
@@ -565,8 +602,8 @@ class Capture:
         now = self.state
         if not now.copying:
             return None
-        now = replace(now, copying=False, page_size=page_size)
-        if self._wal_gone:
+        now = replace(now, copying=False, page_size=page_size, resync="", suspect=False)
+        if now.wal_gone:
             now = replace(now, commit=commit, fingerprint=self._settled_fingerprint())
         return now
 
@@ -582,7 +619,7 @@ class Capture:
         """Committed frames behind the position, by the race-free recipe; None if there are none."""
         state = self.state
         header = self._wal.header()
-        if header is None or self._wal_gone:
+        if header is None or state.wal_gone:
             return None
         position = self._locate(header)
         if position is None:
@@ -655,6 +692,7 @@ class Capture:
             self._encode(batch, header, sink, read_main)
             body = sink.finish()
             sealed = replace(_describe(header, sink), txid=0, header_txid=txid)
+            after = replace(after, timestamp_ms=header.timestamp_ms)
             self._spool.add_piece(after, sealed, body)
         except BaseException:
             sink.abandon()
@@ -666,7 +704,7 @@ class Capture:
         try:
             self._encode(batch, header, sink, self._port.read_main)
             body = sink.finish()
-            after = replace(after, txid=header.max_txid, sha256=sink.sha256)
+            after = _frozen(after, header, sink)
             return self._spool.add_segment(after, _describe(header, sink), body)
         except BaseException:
             sink.abandon()
@@ -718,7 +756,7 @@ class Capture:
                 if now.pieces[: len(chosen)] != chosen:
                     sink.abandon()  # continuity was lost meanwhile
                     return None
-                after = replace(now, txid=header.max_txid, sha256=sink.sha256)
+                after = _frozen(now, header, sink)
                 keep = len(now.pieces) - len(chosen)
                 return self._spool.add_segment(after, _describe(header, sink), body, keep=keep)
         except BaseException:
@@ -744,7 +782,7 @@ class Capture:
                     if isinstance(body, bytes):
                         inputs.append(MergeInput(body, "a piece in the spool"))
                     else:
-                        file = files.enter_context(open(body, "rb"))
+                        file = files.enter_context(self._files.reader(body))
                         inputs.append(MergeInput(file.read, str(body)))
             yield inputs
 
@@ -764,13 +802,13 @@ class Capture:
     def _ltx_header(self, txid: int, page_size: int, commit: int, salts: WalSalts) -> Header:
         """A header at WAL offset 32: a reader that takes over may trust it, and no more than it."""
         # Times must not run backwards along the TXIDs, whatever the wall clock does.
-        self._last_timestamp_ms = max(self._clock.now_ms(), self._last_timestamp_ms)
+        timestamp_ms = max(self._clock.now_ms(), self.state.timestamp_ms)
         return Header(
             page_size=page_size,
             commit=commit,
             min_txid=txid,
             max_txid=txid,
-            timestamp_ms=self._last_timestamp_ms,
+            timestamp_ms=timestamp_ms,
             wal_offset=WAL_HEADER_SIZE,
             wal_size=0,
             salts=salts,
@@ -797,6 +835,16 @@ class Capture:
             self._note_wal.close()
 
 
+def _frozen(state: State, header: Header, sink: SegmentSink) -> State:
+    """The state after a segment with this header."""
+    return replace(
+        state,
+        txid=header.max_txid,
+        sha256=sink.sha256,
+        timestamp_ms=max(header.timestamp_ms, state.timestamp_ms),
+    )
+
+
 def _describe(header: Header, sink: SegmentSink) -> Sealed:
     return Sealed(
         txid=header.max_txid,
@@ -806,16 +854,8 @@ def _describe(header: Header, sink: SegmentSink) -> Sealed:
     )
 
 
-def _fingerprint(path: str) -> Fingerprint | None:
-    try:
-        return Fingerprint.of(path)
-    except FileNotFoundError:
-        return None
-
-
-def _size_of_main(read: Callable[[int, int], bytes], path: str) -> tuple[int, int]:
-    """``(page size, pages)`` from the main file alone; pages 0 while there is nothing."""
-    size = os.stat(path).st_size
+def _size_of_main(read: Callable[[int, int], bytes], size: int) -> tuple[int, int]:
+    """``(page size, pages)`` from the main file's header; pages 0 while there is nothing."""
     if size < 512:
         return 0, 0
     header = read(0, 512)

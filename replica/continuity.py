@@ -160,7 +160,7 @@ def _check_suspicion(capture: Capture, store: ObjectStore, adopt: bool) -> None:
     the newest segment is in the database, they were lost, and shipping what is left would ship the
     reversal.
     """
-    if not capture.suspect:
+    if not capture.state.suspect:
         return
     state = capture.state
     if state.segments:

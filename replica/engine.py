@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,12 +17,13 @@ from typing import Final
 from .capture import Capture, TailLost
 from .clock import Clock, SystemClock
 from .continuity import reconcile, replica_head
+from .election import InUseError
 from .errors import ClosedError, ConfigError, ContinuityError, NoBackupError, ReplicaError
 from .format.ltx import PageEncoding
 from .format.types import format_txid
 from .restore import RestoreResult, restore
 from .settings import DatabaseSettings
-from .spool import Fingerprint, InUseError, Spool, State, new_lineage
+from .spool import Fingerprint, Spool, State, new_lineage
 from .sqlite import (
     FencedError,
     NotYetReplicated,
@@ -148,16 +150,22 @@ class Engine:
             raise ConfigError(f"{settings.path} has no replica")
         directory = settings.meta_path
         try:
-            spool = Spool.open(directory)
+            spool = Spool.open(directory, clock)
         except InUseError as error:
             raise RefusedError(f"{settings.path}: {error}") from error
         try:
+            if not spool.alone:
+                raise RefusedError(
+                    f"{settings.path}: another process already replicates this database; several "
+                    "processes on one database are not supported yet"
+                )
             store = open_store(settings.replica.store, clock)
             engine = cls(settings, store, spool, clock)
             try:
                 engine.capture.prove()
             except TailLost as lost:
                 engine._roll_forward(lost)
+            spool.admit()
             engine.uploader.start()
         except BaseException:
             spool.close()
@@ -341,22 +349,29 @@ class Engine:
             NotYetReplicated: the time ended first; what is committed is local and will be shipped.
             ReplicaError: it can never be shipped (fenced, refused).
         """
+        future = self.sync_future()
+        try:
+            return future.result(timeout)
+        except TimeoutError:
+            future.cancel()
+            raise self.not_yet(timeout) from None
+
+    def sync_future(self) -> Future[int]:
+        """As `sync`, without blocking: what it would return or raise, but for the time-out.
+
+        Resolved from the uploader's thread; whoever loses interest cancels it.
+        """
         if self._closed:
             raise ClosedError(f"replication of {self.name} is closed")
-        ticket = self.uploader.request_sync()
-        txid = self.uploader.wait(ticket, timeout)
-        if txid is None:
-            raise self._not_yet(timeout)
-        return txid
+        return self.uploader.request_sync()
 
-    def _not_yet(self, timeout: float | None) -> NotYetReplicated:
+    def not_yet(self, timeout: float | None) -> NotYetReplicated:
+        """What to raise when a wait of so many seconds ended first."""
         status = self.status()
         trouble = f" ({status.last_error})" if status.last_error else ""
         return NotYetReplicated(
-            f"{self.name}: not in {self._store.url} after {timeout:g} s{trouble}; everything "
-            "committed is safe on this disk and will be shipped"
-            if timeout is not None
-            else f"{self.name}: replication stopped before everything was shipped",
+            f"{self.name}: not in {self._store.url} after {timeout or 0:g} s{trouble}; everything "
+            "committed is safe on this disk and will be shipped",
             txid=status.txid or None,
             replicated_txid=status.replicated_txid,
         )
@@ -394,11 +409,13 @@ class Engine:
 
     def drain(self, timeout: float) -> bool:
         """Ship what is committed, for at most ``timeout`` seconds; False if something stayed."""
-        ticket = self.uploader.request_sync()
+        future = self.uploader.request_sync()
         try:
-            return self.uploader.wait(ticket, timeout) is not None
-        except ReplicaError:
+            future.result(timeout)
+        except (TimeoutError, ReplicaError):
+            future.cancel()
             return False
+        return True
 
     def close(self, drained: bool) -> None:
         """Stop, and say what stays behind.  Call `drain` first.  Safe to call twice.
@@ -452,10 +469,12 @@ def restore_if_missing(settings: DatabaseSettings, clock: Clock | None = None) -
     store = RetryingStore(raw, clock, attempts=3)
     directory = settings.meta_path
     try:
-        spool = Spool.open(directory)
+        spool = Spool.open(directory, clock)
     except InUseError:
-        return False  # the process that has it will see to it, or refuse us
+        return False  # it is being closed in another thread
     try:
+        if not spool.alone or _size_of(path) > 0:
+            return False  # the process that has it has seen to it
         if replica_head(store) is None and not _has_old_layout(store):
             return False
         result = restore(store, path, clock=clock, overwrite=True)
@@ -493,6 +512,8 @@ def _restored_state(
         acked_txid=txid,
         commit=result.commit,
         page_size=result.page_size,
+        resync="",
+        wal_gone=True,
         fingerprint=Fingerprint.of(path),
     )
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from .errors import FormatError
+from .files import Files
 from .format.types import WalSalts
 from .format.wal import (
     FRAME_HEADER_SIZE,
@@ -24,7 +25,6 @@ from .format.wal import (
     iter_frame_pgnos,
     parse_frame_header,
 )
-from .store.local import sync_data
 
 __all__ = ["Batch", "WalReader", "collect", "pages"]
 
@@ -44,25 +44,26 @@ _RUN_BYTES: Final = 512 * 1024
 class WalReader:
     """Our own descriptor on the ``-wal`` file, reopened when the file is another one."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, files: Files) -> None:
         self.path = path
+        self.files = files
         self.fd = -1
         self._identity: tuple[int, int] | None = None
 
     def refresh(self) -> bool:
         """Follow the path to the file that is there now; False without a file."""
         try:
-            status = os.stat(self.path)
+            status = self.files.stat(self.path)
         except FileNotFoundError:
             self.close()
             return False
         if self._identity != (status.st_dev, status.st_ino):
             self.close()
             try:
-                self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                self.fd = self.files.open(self.path, os.O_RDONLY)
             except FileNotFoundError:
                 return False
-            status = os.fstat(self.fd)
+            status = self.files.fstat(self.fd)
             self._identity = (status.st_dev, status.st_ino)
         return True
 
@@ -70,7 +71,7 @@ class WalReader:
         """The header as it is now; None without a file, or if there is none that is whole."""
         if not self.refresh():
             return None
-        data = os.pread(self.fd, WAL_HEADER_SIZE, 0)
+        data = self.files.pread(self.fd, WAL_HEADER_SIZE, 0)
         if len(data) < WAL_HEADER_SIZE:
             return None
         try:
@@ -82,22 +83,22 @@ class WalReader:
         """The salts in the header as it is now, unverified; None without a whole header."""
         if not self.refresh():
             return None
-        data = os.pread(self.fd, WAL_HEADER_SIZE, 0)
+        data = self.files.pread(self.fd, WAL_HEADER_SIZE, 0)
         return WalSalts(*_SALTS.unpack_from(data, 16)) if len(data) == WAL_HEADER_SIZE else None
 
     def frame(self, frame_no: int, page_size: int) -> FrameHeader | None:
         """Header of one frame; None if the file is shorter."""
-        data = os.pread(self.fd, FRAME_HEADER_SIZE, frame_offset(frame_no, page_size))
+        data = self.files.pread(self.fd, FRAME_HEADER_SIZE, frame_offset(frame_no, page_size))
         return parse_frame_header(data) if len(data) == FRAME_HEADER_SIZE else None
 
     def sync(self) -> None:
         """Make everything in the WAL survive a power cut; releases the GIL."""
         if self.fd >= 0:
-            sync_data(self.fd)
+            self.files.sync(self.fd)
 
     def close(self) -> None:
         if self.fd >= 0:
-            os.close(self.fd)
+            self.files.close(self.fd)
         self.fd = -1
         self._identity = None
 
@@ -165,11 +166,11 @@ def collect(wal: WalReader, after: int, last: int, page_size: int) -> Batch:
         count = min(chunk_frames, last - frame_no + 1)
         data: bytes | memoryview
         if keep:
-            kept = data = os.pread(wal.fd, count * step, frame_offset(frame_no, page_size))
+            kept = data = wal.files.pread(wal.fd, count * step, frame_offset(frame_no, page_size))
             n_read = len(data)
         else:
             data = memoryview(buffer)[: count * step]
-            n_read = os.preadv(wal.fd, [data], frame_offset(frame_no, page_size))
+            n_read = wal.files.preadv(wal.fd, [data], frame_offset(frame_no, page_size))
         if n_read != count * step:
             raise FormatError("the WAL is shorter than its index says")
         newest = {pgno: n for n, (pgno,) in enumerate(iter_frame_pgnos(data, page_size), frame_no)}
@@ -215,7 +216,7 @@ def pages(
         pgno, frame_no = first_key >> 32, first_key & 0xFFFFFFFF
         if frame_no:
             size, gap = step, FRAME_HEADER_SIZE
-            data = os.pread(wal.fd, count * step, frame_offset(frame_no, page_size))
+            data = wal.files.pread(wal.fd, count * step, frame_offset(frame_no, page_size))
         else:
             size, gap = page_size, 0
             data = read_main((pgno - 1) * page_size, count * page_size)

@@ -2,7 +2,7 @@
 
 One append-only journal per database, in ``.<database name>-walship/`` beside it (mode 0700)::
 
-    lock       held by the process that replicates (fcntl record lock)
+    lock       record locks of the processes that use the database (`election`)
     journal    the records below, one after the other; zeros behind the last
     <n>.ltx    sealed segments too large for the journal; named by a record before they count
 
@@ -15,15 +15,17 @@ What the records say, applied in order, is the `State`: the position in the WAL,
 gate had to seal (no TXID yet), and the segments whose bytes are frozen because they may have been
 sent.  The same function applies a record when it is written and when it is read back.
 
-Nothing here knows SQLite, the store or time.  The spool is not thread-safe: its owner serialises
-(see ``engine``'s drain mutex).
+Any number of processes write the journal in turn: whoever wants to takes the drain lock, applies
+what others have appended since, and appends.  A record that is whole counts, whatever became of the
+process that wrote it.
+
+Nothing here knows SQLite or the store.  The spool is not thread-safe: its owner serialises (see
+`DrainMutex`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -31,7 +33,7 @@ import os
 import struct
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
@@ -39,14 +41,16 @@ from typing import Any, Final, NamedTuple
 
 import xxhash
 
-from .errors import FormatError, ReplicaError
+from .clock import Clock
+from .election import Locks
+from .errors import FormatError
+from .files import Files
 from .format.types import WalSalts
 from .sqlite import SpoolError
-from .store.local import fsync_directory, sync_data
 
 __all__ = [
+    "DrainMutex",
     "Fingerprint",
-    "InUseError",
     "Sealed",
     "SegmentSink",
     "Spool",
@@ -57,6 +61,8 @@ __all__ = [
 ]
 
 log = logging.getLogger("walship.spool")
+
+_OS_FILES: Final = Files()
 
 _RECORD: Final = struct.Struct(">4sB3xIIQ")
 _MAGIC: Final = b"WSJ1"
@@ -69,12 +75,15 @@ _GROWTH_BYTES: Final = 1024 * 1024
 _REWRITE_BYTES: Final = 4 * 1024 * 1024
 
 
-_open_lock = threading.Lock()
-_open_directories: set[str] = set()
+#: How long to wait for the drain lock, in seconds, and the pauses between attempts.  It is held for
+#: as long as sealing takes: seconds for a transaction of a gigabyte.
+_LOCK_WAIT_S: Final = 120.0
+_LOCK_PAUSE_FIRST_S: Final = 0.000_05
+_LOCK_PAUSE_LONGEST_S: Final = 0.005
 
 
-class InUseError(ReplicaError):
-    """Another process replicates this database."""
+#: Why a database needs a full copy that never had one.
+NEVER_COPIED: Final = "there is no record of what was replicated"
 
 
 class WalPosition(NamedTuple):
@@ -107,8 +116,8 @@ class Fingerprint(NamedTuple):
     ctime_ns: int
 
     @classmethod
-    def of(cls, path: str | os.PathLike[str]) -> Fingerprint:
-        status = os.stat(path)
+    def of(cls, path: str | os.PathLike[str], files: Files = _OS_FILES) -> Fingerprint:
+        status = files.stat(path)
         return cls(
             status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
         )
@@ -162,7 +171,13 @@ class State:
         commit: size of the database in pages at the position; 0 if unknown.
         page_size: bytes; 0 if unknown.
         fingerprint: of the main file while there is no WAL, or None.
+        wal_gone: everything is in the main file and sealed; what is in the WAL, if anything, does
+            not matter.
         copying: a full copy was begun at the position and is not a segment yet.
+        resync: why history is not continuous, so that only a comparison of all pages, or a full
+            copy, can come next; empty while it is.
+        suspect: the WAL vanished without a clean close: its commits may be lost.
+        timestamp_ms: the newest one given to a segment or piece, ms since the epoch.
         pieces: sealed by a gate and not in a segment yet, oldest first.
         segments: frozen and not acknowledged yet, ascending TXIDs.
     """
@@ -177,7 +192,11 @@ class State:
     commit: int = 0
     page_size: int = 0
     fingerprint: Fingerprint | None = None
+    wal_gone: bool = False
     copying: bool = False
+    resync: str = NEVER_COPIED
+    suspect: bool = False
+    timestamp_ms: int = 0
     pieces: tuple[Sealed, ...] = ()
     segments: tuple[Sealed, ...] = ()
 
@@ -221,7 +240,11 @@ def _scalars(state: State) -> dict[str, Any]:
         "commit": state.commit,
         "page_size": state.page_size,
         "fingerprint": state.fingerprint and list(state.fingerprint),
+        "wal_gone": state.wal_gone,
         "copying": state.copying,
+        "resync": state.resync,
+        "suspect": state.suspect,
+        "timestamp_ms": state.timestamp_ms,
     }
 
 
@@ -239,7 +262,11 @@ def _with_scalars(state: State, meta: dict[str, Any]) -> State:
         commit=meta["commit"],
         page_size=meta["page_size"],
         fingerprint=Fingerprint(*fingerprint) if fingerprint else None,
+        wal_gone=meta["wal_gone"],
         copying=meta["copying"],
+        resync=meta["resync"],
+        suspect=meta["suspect"],
+        timestamp_ms=meta["timestamp_ms"],
     )
 
 
@@ -274,27 +301,33 @@ def _apply(state: State, kind: int, meta: dict[str, Any], offset: int, length: i
 
 @dataclass(slots=True)
 class _Journal:
-    """An open journal file and where its next record goes."""
+    """An open journal file, which one it is, where its next record goes, and its length."""
 
     fd: int
+    identity: tuple[int, int]
     end: int
     size: int
 
 
 class Spool:
-    """The journal of one database, open for writing by this process alone.
+    """The journal of one database.
 
     Raises from every writing method:
         SpoolError: disk full, I/O error.  What was durable before still is, and the state in memory
             is what the journal says.
     """
 
-    def __init__(self, directory: Path, lock_fd: int) -> None:
+    def __init__(self, directory: Path, files: Files, clock: Clock, locks: Locks) -> None:
         self.directory = directory
+        self.files = files
+        #: The locks of this process on the directory.
+        self.locks = locks
+        #: No other process had the database open when this one came; until `admit`.
+        self.alone = False
         #: Sealed bytes from which on the spool counts as full; 0 for no limit.
         self.max_bytes = 0
-        self._lock_fd = lock_fd
-        self._key = ""
+        self._clock = clock
+        self._depth = 0
         self._state = State()
         self._journal: _Journal | None = None
         self._next_file = 1
@@ -302,54 +335,113 @@ class Spool:
         self.found_mtime_ns = 0
 
     @classmethod
-    def open(cls, directory: Path) -> Spool:
-        """Lock the state directory (made if missing) and read the journal back.
+    def open(cls, directory: Path, clock: Clock, files: Files | None = None) -> Spool:
+        """Open the state directory (made if missing) and read the journal back.
+
+        Waits for as long as another process is about it, be it to restore the database.  The drain
+        lock is held when this returns; `admit` or `close` end that.
 
         Raises:
-            InUseError: another process holds the lock.
+            InUseError: this process has it open already.
             SpoolError: the directory or journal cannot be written.
-            FormatError: the journal is not one of ours.
         """
-        # A record lock is the process's: asked for twice it is given twice, and closing the second
-        # descriptor would drop it.
-        key = os.path.realpath(directory)
-        with _open_lock:
-            if key in _open_directories:
-                raise InUseError("this process replicates this database already")
-            _open_directories.add(key)
-        try:
-            return cls._open(directory, key)
-        except BaseException:
-            with _open_lock:
-                _open_directories.discard(key)
-            raise
-
-    @classmethod
-    def _open(cls, directory: Path, key: str) -> Spool:
+        files = files or _OS_FILES
         with _local_errors(directory):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock_fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            files.make_directory(directory)
+            spool = cls(directory, files, clock, Locks(files, directory))
         try:
-            try:
-                fcntl.lockf(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EACCES, errno.EAGAIN):
-                    holder = os.pread(lock_fd, 32, 0).decode("ascii", "replace").strip("\0\n ")
-                    raise InUseError(
-                        f"another process{f' (pid {holder})' if holder else ''} already replicates "
-                        "this database; several processes on one database are not supported yet"
-                    ) from None
-                raise
-            os.ftruncate(lock_fd, 0)
-            os.pwrite(lock_fd, f"{os.getpid()}\n".encode(), 0)
-            spool = cls(directory, lock_fd)
-            spool._key = key
+            spool._wait_for_lock(None)
             with _local_errors(directory):
+                spool.alone = spool.locks.is_alone()
                 spool._load()
         except BaseException:
-            os.close(lock_fd)
+            spool.close()
             raise
         return spool
+
+    def admit(self) -> None:
+        """What only a process that is alone may do is done: let others in."""
+        self.alone = False
+        with _local_errors(self.directory):
+            self.locks.attend()
+        self.unlock()
+
+    def is_last(self) -> bool:
+        """Whether no other process has the database open, nor can before `unlock`.
+
+        Call locked, when nothing comes after: this process counts as absent then.
+        """
+        return self.locks.is_alone()
+
+    # -- the drain lock -----------------------------------------------------------------------
+
+    def lock(self, *, wait: bool = True) -> bool:
+        """Take the drain lock and apply what other processes have recorded.  May be nested.
+
+        Returns:
+            False without it, if ``wait`` is false.
+
+        Raises:
+            SpoolError: the journal is gone, or another process holds the lock for minutes.
+        """
+        if self._depth == 0 and self._journal is not None:
+            with _local_errors(self.directory):
+                if not self.locks.try_drain():
+                    if not wait:
+                        return False
+                    self._wait_for_lock(_LOCK_WAIT_S)
+                    self._depth = 0
+                try:
+                    self._refresh()
+                except BaseException:
+                    self.locks.end_drain()
+                    raise
+        self._depth += 1
+        return True
+
+    def unlock(self) -> None:
+        """Give the drain lock back."""
+        self._depth -= 1
+        if self._depth == 0 and self._journal is not None:
+            self.locks.end_drain()
+
+    def _wait_for_lock(self, limit_s: float | None) -> None:
+        pause, began, told = _LOCK_PAUSE_FIRST_S, self._clock.monotonic(), False
+        while not self.locks.try_drain():
+            waited = self._clock.monotonic() - began
+            if limit_s is not None and waited > limit_s:
+                raise SpoolError(
+                    f"another process has held the spool in {self.directory} for {waited:.0f} s: "
+                    "is one stopped or hanging?"
+                )
+            if limit_s is None and waited > 5 and not told:
+                told = True
+                log.info("%s: waiting for another process that opens it", self.directory)
+            self._clock.sleep(pause)
+            pause = min(2 * pause, _LOCK_PAUSE_LONGEST_S)
+        self._depth = 1
+
+    def _refresh(self) -> None:
+        """Apply the records that other processes have appended."""
+        journal = self._open_journal()
+        try:
+            status = self.files.stat(self.directory / "journal")
+        except FileNotFoundError as error:
+            raise SpoolError(
+                f"the spool in {self.directory} was removed while it was in use: close the "
+                "database everywhere and open it again"
+            ) from error
+        if (status.st_dev, status.st_ino) != journal.identity:
+            self.files.close(journal.fd)
+            self._journal, self._state = None, State()
+            self._read_journal()
+            return
+        before = journal.end
+        for kind, meta, offset, length, end in _records(self.files, journal.fd, journal.end):
+            self._state = _apply(self._state, kind, meta, offset, length)
+            journal.end = end
+        if journal.end != before:
+            journal.size = max(journal.size, status.st_size)
 
     @property
     def state(self) -> State:
@@ -420,7 +512,7 @@ class Spool:
         for sealed in done:
             if sealed.file is not None:
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.directory / sealed.file)
+                    self.files.unlink(self.directory / sealed.file)
         self.tidy()
 
     def create_file(self) -> tuple[int, str]:
@@ -430,8 +522,8 @@ class Spool:
                 name = f"{self._next_file:016x}.ltx"
                 self._next_file += 1
                 with contextlib.suppress(FileExistsError):
-                    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-                    return os.open(self.directory / name, flags, 0o600), name
+                    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+                    return self.files.open(self.directory / name, flags), name
 
     def _seal(
         self, kind: _Kind, meta: dict[str, Any], sealed: Sealed, body: Sequence[Any] | str
@@ -443,19 +535,19 @@ class Spool:
         if isinstance(body, str):
             file = body
             with _local_errors(self.directory):
-                fsync_directory(self.directory)
+                self.files.sync_directory(self.directory)
         elif sealed.size_bytes > INLINE_BYTES:
             with _local_errors(self.directory):
                 fd, file = self.create_file()
                 try:
-                    write_all(fd, body)
-                    sync_data(fd)
+                    self.files.write(fd, body)
+                    self.files.sync(fd)
                 except BaseException:
-                    os.unlink(self.directory / file)
+                    self.files.unlink(self.directory / file)
                     raise
                 finally:
-                    os.close(fd)
-                fsync_directory(self.directory)
+                    self.files.close(fd)
+                self.files.sync_directory(self.directory)
         else:
             pieces = body
         meta["seal"] = sealed.to_json(file)
@@ -465,7 +557,7 @@ class Spool:
         for piece in before:
             if piece.file is not None and piece.file not in named:
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.directory / piece.file)
+                    self.files.unlink(self.directory / piece.file)
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -478,7 +570,7 @@ class Spool:
             return self.directory / sealed.file
         journal = self._open_journal()
         with _local_errors(self.directory):
-            data = os.pread(journal.fd, sealed.size_bytes, sealed.offset)
+            data = self.files.pread(journal.fd, sealed.size_bytes, sealed.offset)
         if len(data) != sealed.size_bytes:
             raise SpoolError(f"the spool journal in {self.directory} was cut off by somebody")
         return data
@@ -501,11 +593,17 @@ class Spool:
         with _local_errors(self.directory):
             if end + _RECORD.size > journal.size:
                 grown = -(-(end + _RECORD.size) // _GROWTH_BYTES) * _GROWTH_BYTES
-                _allocate(journal.fd, journal.size, grown - journal.size)
+                self.files.allocate(journal.fd, journal.size, grown - journal.size)
                 journal.size = grown
-            write_all(journal.fd, [header, text, *payload], journal.end)
-            if durable:
-                sync_data(journal.fd)
+            try:
+                self.files.write(journal.fd, [header, text, *payload], journal.end)
+                if durable:
+                    self.files.sync(journal.fd)
+            except OSError:
+                # Nobody may take it for a record that counts.
+                with contextlib.suppress(OSError):
+                    self.files.write(journal.fd, [bytes(_RECORD.size)], journal.end)
+                raise
         self._state = _apply(self._state, kind, meta, end - length, length)
         journal.end = end
 
@@ -525,10 +623,9 @@ class Spool:
         path = self.directory / "journal"
         temporary = self.directory / "journal.tmp"
         with _local_errors(self.directory):
-            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-            fd = os.open(temporary, flags, 0o600)
+            fd = self.files.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
             try:
-                fresh = _Journal(fd, 0, 0)
+                fresh = _Journal(fd, self._identity(fd), 0, 0)
                 bodies = [
                     (sealed, () if sealed.file else (self.read(sealed),))
                     for sealed in (*state.pieces, *state.segments)
@@ -542,50 +639,108 @@ class Spool:
                         meta = _scalars(state)
                         meta["seal"] = sealed.to_json(sealed.file)
                         self._append(kind, meta, body, durable=False)
-                os.fsync(fd)
-                os.rename(temporary, path)
-                fsync_directory(self.directory)
+                self.files.sync(fd)
+                self.files.rename(temporary, path)
+                self.files.sync_directory(self.directory)
             except BaseException:
                 self._journal, self._state = old, state
-                os.close(fd)
+                self.files.close(fd)
                 raise
         if old is not None:
-            os.close(old.fd)
+            self.files.close(old.fd)
+
+    def _identity(self, fd: int) -> tuple[int, int]:
+        status = self.files.fstat(fd)
+        return status.st_dev, status.st_ino
 
     def _load(self) -> None:
-        path = self.directory / "journal"
-        for leftover in self.directory.glob("*.tmp"):
-            leftover.unlink()
-        if path.exists():
-            self.found_mtime_ns = path.stat().st_mtime_ns
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                state, end = _replay(fd)
-            except FormatError as error:
-                os.close(fd)
-                aside = path.with_name("journal.damaged")
-                log.error("%s; it is kept as %s, and a full copy is needed", error, aside)
-                os.replace(path, aside)
-            else:
-                self._state = state
-                self._journal = _Journal(fd, end, os.fstat(fd).st_size)
-                _clear_tail(self._journal)
+        """Read the journal; a process that is alone also removes what others left half done."""
+        if self.alone:
+            self._remove(lambda name: name.endswith(".tmp"))
+        self._read_journal()
         if self._journal is None:
             self._rewrite()
-        for file in self.directory.glob("*.ltx"):
-            if file.name not in self._state.files:
-                file.unlink()
+        if self.alone:
+            named = self._state.files
+            self._remove(lambda name: name.endswith(".ltx") and name not in named)
+
+    def _remove(self, unwanted: Callable[[str], bool]) -> None:
+        for name in self.files.names(self.directory):
+            if unwanted(name):
+                self.files.unlink(self.directory / name)
+
+    def _read_journal(self) -> None:
+        path = self.directory / "journal"
+        try:
+            fd = self.files.open(path, os.O_RDWR)
+        except FileNotFoundError:
+            return
+        status = self.files.fstat(fd)
+        self.found_mtime_ns = status.st_mtime_ns
+        try:
+            state, end = _replay(self.files, fd)
+        except FormatError as error:
+            self.files.close(fd)
+            aside = path.with_name("journal.damaged")
+            log.error("%s; it is kept as %s, and a resync is needed", error, aside)
+            self.files.rename(path, aside)
+            return
+        self._state = state
+        self._journal = _Journal(fd, self._identity(fd), end, status.st_size)
+        if self.alone:
+            self._clear_tail()
+
+    def _clear_tail(self) -> None:
+        """Cut a torn tail off, so that its bytes can never look like a record again."""
+        journal = self._open_journal()
+        if journal.size > journal.end:
+            self.files.truncate(journal.fd, journal.end)
+            self.files.sync(journal.fd)
+            journal.size = journal.end
 
     def close(self) -> None:
-        """Close the journal and release the lock.  Safe to call twice."""
+        """Close the journal and release all locks.  Safe to call twice."""
         if self._journal is not None:
-            os.close(self._journal.fd)
+            self.files.close(self._journal.fd)
             self._journal = None
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
-            with _open_lock:
-                _open_directories.discard(self._key)
+        self.locks.close()
+
+
+class DrainMutex:
+    """Guards a spool against other threads and, by its drain lock, other processes.  May be nested.
+
+    Entering applies what other processes have recorded, and raises what `Spool.lock` does.
+    """
+
+    def __init__(self, spool: Spool) -> None:
+        self._spool = spool
+        self._lock = threading.RLock()
+
+    def acquire(self, *, blocking: bool = True) -> bool:
+        """Take it; False if it is taken, or the drain lock is, and ``blocking`` is false."""
+        if not self._lock.acquire(blocking=blocking):
+            return False
+        try:
+            if self._spool.lock(wait=blocking):
+                return True
+        except BaseException:
+            self._lock.release()
+            raise
+        self._lock.release()
+        return False
+
+    def release(self) -> None:
+        """Give it back."""
+        try:
+            self._spool.unlock()
+        finally:
+            self._lock.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 class SegmentSink:
@@ -618,26 +773,26 @@ class SegmentSink:
             self._fd, self.file = self._spool.create_file()
         pending, self._parts = self._parts, []
         with _local_errors(self._spool.directory):
-            write_all(self._fd, pending)
+            self._spool.files.write(self._fd, pending)
 
     def finish(self) -> Sequence[Any] | str:
         """The body for `Spool.add_piece` or `Spool.add_segment`; a file is on disk then."""
         if self.file is None:
             return self._parts
         with _local_errors(self._spool.directory):
-            sync_data(self._fd)
-        os.close(self._fd)
+            self._spool.files.sync(self._fd)
+        self._spool.files.close(self._fd)
         self._fd = -1
         return self.file
 
     def abandon(self) -> None:
         """Remove what was written.  Safe to call at any time."""
         if self._fd >= 0:
-            os.close(self._fd)
+            self._spool.files.close(self._fd)
             self._fd = -1
         if self.file is not None:
             with contextlib.suppress(OSError):
-                os.unlink(self._spool.directory / self.file)
+                self._spool.files.unlink(self._spool.directory / self.file)
         self._parts = []
 
     @property
@@ -659,34 +814,35 @@ def read_state(directory: Path) -> State | None:
     except FileNotFoundError:
         return None
     try:
-        return _replay(fd)[0]
+        return _replay(_OS_FILES, fd)[0]
     finally:
         os.close(fd)
 
 
-def _replay(fd: int) -> tuple[State, int]:
+def _replay(files: Files, fd: int) -> tuple[State, int]:
     """``(state, end)`` after all whole records of a journal."""
     state = State()
     offset = 0
-    for kind, meta, payload_offset, length, end in _records(fd):
+    for kind, meta, payload_offset, length, end in _records(files, fd):
         state = _apply(state, kind, meta, payload_offset, length)
         offset = end
-    if offset == 0 and os.fstat(fd).st_size:
+    if offset == 0 and files.fstat(fd).st_size:
         raise FormatError("the spool's journal does not begin with one of its records")
     return state, offset
 
 
-def _records(fd: int) -> Iterator[tuple[int, dict[str, Any], int, int, int]]:
-    offset = 0
+def _records(
+    files: Files, fd: int, offset: int = 0
+) -> Iterator[tuple[int, dict[str, Any], int, int, int]]:
     while True:
-        header = os.pread(fd, _RECORD.size, offset)
+        header = files.pread(fd, _RECORD.size, offset)
         if len(header) < _RECORD.size:
             return
         magic, kind, text_length, length, checksum = _RECORD.unpack(header)
         if magic != _MAGIC:
             return
         start = offset + _RECORD.size
-        body = os.pread(fd, text_length + length, start)
+        body = files.pread(fd, text_length + length, start)
         if len(body) != text_length + length:
             return
         digest = xxhash.xxh3_64(header[:-8])
@@ -711,44 +867,6 @@ def pack_record_header(kind: int, text: bytes, payload: Sequence[Any], length: i
     for part in payload:
         digest.update(part)
     return prefix + digest.intdigest().to_bytes(8, "big")
-
-
-def _clear_tail(journal: _Journal) -> None:
-    """Cut a torn tail off, so that its bytes can never look like a record again."""
-    if journal.size > journal.end:
-        os.ftruncate(journal.fd, journal.end)
-        os.fsync(journal.fd)
-        journal.size = journal.end
-
-
-def _allocate(fd: int, offset: int, length: int) -> None:
-    try:
-        os.posix_fallocate(fd, offset, length)
-    except AttributeError:  # macOS
-        os.ftruncate(fd, offset + length)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
-        os.ftruncate(fd, offset + length)
-
-
-def write_all(fd: int, parts: Sequence[Any], offset: int | None = None) -> int:
-    """Write every buffer, in order, at ``offset`` or at the file's position; bytes written."""
-    written = 0
-    batch: list[memoryview] = [memoryview(part).cast("B") for part in parts if len(part)]
-    while batch:
-        head = batch[:512]
-        if offset is None:
-            n = os.writev(fd, head)
-        else:
-            n = os.pwritev(fd, head, offset + written)
-        written += n
-        while batch and n >= len(batch[0]):
-            n -= len(batch[0])
-            del batch[0]
-        if n:
-            batch[0] = batch[0][n:]
-    return written
 
 
 @contextlib.contextmanager

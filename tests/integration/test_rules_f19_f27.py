@@ -18,8 +18,10 @@ import pytest
 import walship
 from support.databases import Database, Stores, dump
 from walship.replica.capture import Capture
+from walship.replica.clock import SystemClock
+from walship.replica.election import InUseError
 from walship.replica.frames import WalReader
-from walship.replica.spool import Fingerprint, InUseError, Spool, read_state
+from walship.replica.spool import Fingerprint, Spool, read_state
 from walship.replica.sqlite import SqlitePort
 
 
@@ -144,23 +146,22 @@ def test_f20_lost_locks_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_f21_the_spool_lock_holds_within_the_process(tmp_path: Path) -> None:
-    """F21: a second opener of the spool, in this process too, is refused, and frees nothing."""
-    spool = Spool.open(tmp_path / "state")
+    """F21: a second opener of the spool in this process is refused, and frees nothing."""
+    spool = Spool.open(tmp_path / "state", SystemClock())
+    assert spool.alone
+    spool.admit()
     with pytest.raises(InUseError):
-        Spool.open(tmp_path / "state")
+        Spool.open(tmp_path / "state", SystemClock())
     program = """
         import sys
         from pathlib import Path
-        from walship.replica.spool import InUseError, Spool
-        try:
-            Spool.open(Path(sys.argv[1]))
-            print("opened")
-        except InUseError:
-            print("refused")
+        from walship.replica.clock import SystemClock
+        from walship.replica.spool import Spool
+        print("alone" if Spool.open(Path(sys.argv[1]), SystemClock()).alone else "beside another")
         """
-    assert _run(program, tmp_path / "state").stdout == "refused\n"
+    assert _run(program, tmp_path / "state").stdout == "beside another\n"
     spool.close()
-    assert _run(program, tmp_path / "state").stdout == "opened\n"
+    assert _run(program, tmp_path / "state").stdout == "alone\n"
 
 
 _FORK = """

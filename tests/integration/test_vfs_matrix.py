@@ -244,8 +244,9 @@ def test_a_reader_holds_the_checkpoint(tmp_path: Path) -> None:
     """While a reader keeps an old state, checkpoints are partial; nothing is lost or repeated."""
     database = Database(tmp_path, page_size=512)
     with database.opened() as writer, database.opened() as reader:
-        writer.set_busy_timeout(0)
         _fill(writer, rows=30)
+        database.sync()  # the first copy keeps writers out for a moment
+        writer.set_busy_timeout(0)
         for n in range(12):
             reader.execute("BEGIN")
             count = reader.execute("SELECT count(*) FROM t").get

@@ -250,7 +250,7 @@ POINTS: dict[str, Point] = {
     "record, after": Point(_SPOOL, "record", "after"),
     "acknowledge, before": Point(_SPOOL, "acknowledge", "before"),
     "acknowledge, after": Point(_SPOOL, "acknowledge", "after"),
-    "journal torn": Point("walship.replica.spool", "write_all", "torn"),
+    "journal torn": Point("walship.replica.files", "write_all", "torn"),
     "journal rewrite, before": Point("os", "rename", "before", _is_journal_rename),
     "journal rewrite, after": Point("os", "rename", "after", _is_journal_rename),
     "put, before": Point(_STORE, "put", "before"),

@@ -9,6 +9,7 @@ import apsw
 import pytest
 
 from walship.replica import frames
+from walship.replica.files import Files
 from walship.replica.format.wal import frame_offset, parse_frame_header, wal_size
 from walship.replica.frames import WalReader, collect, pages
 
@@ -29,7 +30,7 @@ def wal(tmp_path: Path) -> WalReader:
         data = Path(f"{tmp_path}/a.db-wal").read_bytes()
     path = tmp_path / "copy-wal"
     path.write_bytes(data)
-    reader = WalReader(str(path))
+    reader = WalReader(str(path), Files())
     assert reader.refresh()
     return reader
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from walship.replica.clock import SystemClock
 from walship.replica.errors import FormatError
 from walship.replica.format.types import WalSalts
 from walship.replica.spool import (
@@ -49,12 +53,12 @@ def _content(spool: Spool, sealed: Sealed) -> bytes:
 
 def _reopened(spool: Spool) -> Spool:
     spool.close()
-    return Spool.open(spool.directory)
+    return Spool.open(spool.directory, SystemClock())
 
 
 def test_everything_comes_back(directory: Path) -> None:
     """Each field of the state, pieces and segments are the same after reopening."""
-    spool = Spool.open(directory)
+    spool = Spool.open(directory, SystemClock())
     state = State(
         lineage="ab" * 16,
         replica="file:///r",
@@ -82,7 +86,7 @@ def test_everything_comes_back(directory: Path) -> None:
 
 def test_a_segment_takes_the_pieces_in(directory: Path) -> None:
     """Freezing a segment drops the pieces in it and keeps those sealed later."""
-    spool = Spool.open(directory)
+    spool = Spool.open(directory, SystemClock())
     for n in range(4):
         spool.add_piece(State(position=_position(n + 1)), _piece(1), [b"%d" % n])
     spool.add_segment(State(txid=1), _sealed(1, b"merged"), [b"merged"], keep=1)
@@ -95,7 +99,7 @@ def test_a_segment_takes_the_pieces_in(directory: Path) -> None:
 
 def test_merged_pieces_replace_their_parts(directory: Path) -> None:
     """The merge of some pieces stands in their place, between those before and after."""
-    spool = Spool.open(directory)
+    spool = Spool.open(directory, SystemClock())
     for n in range(4):
         spool.add_piece(State(position=_position(n + 1)), _piece(1), [b"%d" % n])
     spool.replace_pieces(1, 2, [b"12"], 2)
@@ -107,7 +111,7 @@ def test_merged_pieces_replace_their_parts(directory: Path) -> None:
 
 def test_acknowledged_segments_are_let_go(directory: Path) -> None:
     """Acknowledging drops segments up to the TXID, their files too, and never goes back."""
-    spool = Spool.open(directory)
+    spool = Spool.open(directory, SystemClock())
     large = os.urandom(INLINE_BYTES + 1)
     for txid in (1, 2, 3):
         spool.add_segment(State(txid=txid), _sealed(txid, large), [large])
@@ -127,7 +131,7 @@ def test_bodies_survive_rewriting_the_journal(
 ) -> None:
     """A segment that somebody still holds reads the same after the journal was rewritten."""
     monkeypatch.setattr("walship.replica.spool._REWRITE_BYTES", 2000)
-    spool = Spool.open(directory)
+    spool = Spool.open(directory, SystemClock())
     rng = random.Random(1)
     held: dict[int, tuple[Sealed, bytes]] = {}
     for txid in range(1, 60):
@@ -149,7 +153,7 @@ def test_bodies_survive_rewriting_the_journal(
 def test_the_journal_stays_small(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Records that are dead do not add up."""
     monkeypatch.setattr("walship.replica.spool._REWRITE_BYTES", 10_000)
-    spool = Spool.open(directory)
+    spool = Spool.open(directory, SystemClock())
     for txid in range(1, 300):
         spool.add_segment(State(txid=txid), _sealed(txid, b"x" * 500), [b"x" * 500])
         spool.acknowledge(txid)
@@ -161,7 +165,7 @@ def test_the_journal_stays_small(directory: Path, monkeypatch: pytest.MonkeyPatc
 def test_every_prefix_of_the_journal_is_a_state_that_was(directory: Path, seed: int) -> None:
     """A journal torn at any byte reads back as the state after its last whole record."""
     rng = random.Random(seed)
-    spool = Spool.open(directory)
+    spool = Spool.open(directory, SystemClock())
     ends = {spool._open_journal().end: spool.state}
     for n in range(1, 12):
         if rng.random() < 0.5:
@@ -176,7 +180,7 @@ def test_every_prefix_of_the_journal_is_a_state_that_was(directory: Path, seed: 
         (directory / "journal").write_bytes(journal[:length] + rng.randbytes(rng.randrange(40)))
         expected = ends[max(end for end in ends if end <= length)]
         assert read_state(directory) == expected
-        spool = Spool.open(directory)
+        spool = Spool.open(directory, SystemClock())
         assert spool.state == expected
         spool.record(State(txid=99))
         spool = _reopened(spool)
@@ -196,24 +200,24 @@ def test_a_journal_of_something_else(directory: Path) -> None:
 
 def test_leftovers_are_removed(directory: Path) -> None:
     """Files that no record names, from a process that died before naming them, are removed."""
-    Spool.open(directory).close()
+    Spool.open(directory, SystemClock()).close()
     (directory / "00000000000000ff.ltx").write_bytes(b"never named")
     (directory / "compare.tmp").write_bytes(b"half")
-    spool = Spool.open(directory)
+    spool = Spool.open(directory, SystemClock())
     assert not list(directory.glob("*.ltx")) + list(directory.glob("*.tmp"))
     spool.close()
 
 
 def test_a_failed_write_changes_nothing(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After an I/O error the state in memory is what the journal says, and later writes work."""
-    spool = Spool.open(directory)
+    spool = Spool.open(directory, SystemClock())
     spool.record(State(txid=1))
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("walship.replica.spool.write_all", full)
+        patch.setattr("walship.replica.files.write_all", full)
         with pytest.raises(SpoolError, match="No space left"):
             spool.record(State(txid=2))
         with pytest.raises(SpoolError, match="No space left"):
@@ -228,7 +232,7 @@ def test_a_failed_write_changes_nothing(directory: Path, monkeypatch: pytest.Mon
 
 def test_the_directory_is_private(directory: Path) -> None:
     """Directory and files can be read by their owner alone."""
-    spool = Spool.open(directory)
+    spool = Spool.open(directory, SystemClock())
     assert directory.stat().st_mode & 0o777 == 0o700
     for entry in directory.iterdir():
         assert entry.stat().st_mode & 0o077 == 0
@@ -238,7 +242,7 @@ def test_the_directory_is_private(directory: Path) -> None:
 @pytest.mark.parametrize("size", [0, 1, INLINE_BYTES, INLINE_BYTES + 1, 3 * INLINE_BYTES])
 def test_a_sink_of_any_size(directory: Path, size: int) -> None:
     """A sink gives back what was written, in memory or in a file, with its sha256."""
-    spool = Spool.open(directory)
+    spool = Spool.open(directory, SystemClock())
     body = random.Random(size).randbytes(size)
     sink = SegmentSink(spool, hashed=True)
     for start in range(0, size, 1000):
@@ -255,4 +259,126 @@ def test_a_sink_of_any_size(directory: Path, size: int) -> None:
     abandoned.abandon()
     names = {entry.name for entry in directory.glob("*.ltx")}
     assert names == ({sealed.file} if sealed.file else set())
+    spool.close()
+
+
+def _beside(directory: Path, body: str) -> str:
+    """Run statements on ``spool`` in another process beside this one; what they print."""
+    program = (
+        "import os, sys\n"
+        "from dataclasses import replace\n"
+        "from pathlib import Path\n"
+        "from walship.replica.clock import SystemClock\n"
+        "from walship.replica.spool import Sealed, Spool, State\n"
+        "spool = Spool.open(Path(sys.argv[1]), SystemClock())\n" + textwrap.dedent(body)
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(directory)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return done.stdout
+
+
+def test_processes_write_one_journal_in_turn(directory: Path) -> None:
+    """Each sees what the others recorded as soon as it has the lock, pieces included."""
+    spool = Spool.open(directory, SystemClock())
+    spool.record(State(txid=1))
+    spool.admit()
+    told = _beside(
+        directory,
+        """
+        print(spool.alone, spool.state.txid)
+        spool.record(replace(spool.state, txid=2))
+        spool.add_piece(spool.state, Sealed(txid=0, size_bytes=5), [b"piece"])
+        """,
+    )
+    assert told == "False 1\n"
+    assert spool.lock()
+    assert spool.state.txid == 2
+    assert _content(spool, spool.state.pieces[0]) == b"piece"
+    spool.record(replace(spool.state, txid=3))
+    spool.unlock()
+    assert _beside(directory, "print(spool.state.txid, len(spool.state.pieces))") == "3 1\n"
+    spool.close()
+
+
+def test_a_journal_rewritten_by_another_process_is_followed(directory: Path) -> None:
+    """After another process put a new journal in the old one's place, that one counts."""
+    spool = Spool.open(directory, SystemClock())
+    spool.record(State(txid=1))
+    spool.admit()
+    _beside(directory, "spool.record(replace(spool.state, txid=7)); spool._rewrite()")
+    assert spool.lock()
+    assert spool.state.txid == 7
+    spool.record(replace(spool.state, txid=8))
+    spool.unlock()
+    assert _beside(directory, "print(spool.state.txid)") == "8\n"
+    spool.close()
+
+
+def test_half_a_record_of_a_dead_process_is_written_over(directory: Path) -> None:
+    """What a killed process had half written neither counts nor hides what follows."""
+    spool = Spool.open(directory, SystemClock())
+    spool.record(State(txid=1))
+    spool.admit()
+    _beside(
+        directory,
+        """
+        journal = spool._journal
+        end = journal.end
+        spool.record(replace(spool.state, txid=9))
+        os.pwrite(journal.fd, b"torn", end + 40)
+        os._exit(0)
+        """,
+    )
+    assert spool.lock()
+    assert spool.state.txid == 1
+    spool.record(replace(spool.state, txid=2))
+    spool.unlock()
+    assert _beside(directory, "print(spool.state.txid)") == "2\n"
+    spool.close()
+
+
+def test_the_lock_keeps_other_processes_out(directory: Path) -> None:
+    """While one process holds the drain lock another does not get it; when it ends, it does."""
+    spool = Spool.open(directory, SystemClock())
+    spool.admit()
+    told = _beside(
+        directory,
+        """
+        spool.admit()
+        print(spool.lock(wait=False))
+        """,
+    )
+    assert told == "True\n"
+    assert spool.lock()
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys\n"
+            "from pathlib import Path\n"
+            "from walship.replica.election import Locks\n"
+            "from walship.replica.files import Files\n"
+            "print(Locks(Files(), Path(sys.argv[1])).try_drain())\n",
+            str(directory),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.communicate(timeout=60)[0] == "False\n"
+    spool.unlock()
+    spool.close()
+
+
+def test_a_state_directory_that_was_removed_is_an_error(directory: Path) -> None:
+    """Going on with a journal that no name leads to would lose everything at the next start."""
+    spool = Spool.open(directory, SystemClock())
+    spool.admit()
+    (directory / "journal").unlink()
+    with pytest.raises(SpoolError, match="was removed"):
+        spool.lock()
     spool.close()
