@@ -21,6 +21,7 @@ import queue
 import random
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
@@ -28,6 +29,7 @@ from typing import Final, Protocol
 from .capture import Capture
 from .clock import Clock
 from .errors import (
+    ClosedError,
     ContinuityError,
     ObjectNotFound,
     PreconditionFailed,
@@ -76,6 +78,15 @@ class _Slot:
     oldest: float  # monotonic time of the oldest commit in it
     in_flight: bool = False
     done: bool = False
+
+
+@dataclass(slots=True)
+class _Wait:
+    """Somebody waits for what was committed before the ticket was drawn."""
+
+    ticket: int
+    future: Future[int]
+    txid: int | None = None  # which holds it, once it is frozen
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +157,7 @@ class Uploader:
         self._covered_ticket = 0
         self._covered_txid = 0
         self._acked_txid = capture.state.acked_txid
+        self._waiting: list[_Wait] = []
         self._fatal: ReplicaError | None = None
         self._stopping = False
         # Scheduling thread only.
@@ -191,38 +203,47 @@ class Uploader:
         self._retry_at = float("-inf")
         self.ring()
 
-    def request_sync(self) -> int:
-        """Ask that everything committed so far be sent at once; a ticket for `wait`."""
-        with self._changed:
-            self._tickets += 1
-            ticket = self._tickets
-        self.dirty = True
-        self._poke()
-        return ticket
-
-    def wait(self, ticket: int, timeout: float | None) -> int | None:
-        """Wait until what `request_sync` asked for is in the replica.
+    def request_sync(self) -> Future[int]:
+        """Ask that everything committed so far be sent at once.
 
         Returns:
-            The TXID that holds it, or None after ``timeout`` seconds.
-
-        Raises:
-            ReplicaError: it can never get there (fenced, refused).
+            The TXID that holds it, once the replica has it and all before it.  Ends with a
+            `ReplicaError` if it can never get there (fenced, refused, closed).  Resolved from the
+            uploader's thread; whoever loses interest cancels it.
         """
-        deadline = None if timeout is None else self._clock.monotonic() + timeout
-        target: int | None = None
+        future: Future[int] = Future()
         with self._changed:
-            while True:
-                if target is None and self._covered_ticket >= ticket:
-                    target = self._covered_txid
-                if target is not None and self._acked_txid >= target:
-                    return target
-                if self._fatal is not None:
-                    raise self._fatal
-                left = None if deadline is None else deadline - self._clock.monotonic()
-                if (left is not None and left <= 0) or self._stopping:
-                    return None
-                self._changed.wait(left)
+            if self._fatal is not None:
+                future.set_exception(self._fatal)
+            elif self._stopping:
+                future.set_exception(ClosedError(f"replication of {self._name} is closed"))
+            else:
+                self._tickets += 1
+                self._waiting.append(_Wait(self._tickets, future))
+        self.dirty = True
+        self._poke()
+        return future
+
+    def _settle(self) -> None:
+        """Resolve what is waited for and done.  Call with `_changed` held."""
+        end: ReplicaError | None = self._fatal
+        if end is None and self._stopping:
+            end = ClosedError(
+                f"replication of {self._name} was closed first; what is left goes out after the next open"
+            )
+        left: list[_Wait] = []
+        for wait in self._waiting:
+            if wait.txid is None and wait.ticket <= self._covered_ticket:
+                wait.txid = self._covered_txid
+            done = wait.txid is not None and wait.txid <= self._acked_txid
+            if not done and end is None:
+                left.append(wait)
+            elif wait.future.set_running_or_notify_cancel():
+                if done:
+                    wait.future.set_result(wait.txid or 0)
+                else:
+                    wait.future.set_exception(end)
+        self._waiting = left
 
     def wait_reconciled(self, timeout: float) -> bool:
         """Wait until local record and replica were compared; False after ``timeout`` seconds.
@@ -300,6 +321,7 @@ class Uploader:
         """End the threads without waiting for requests; what is frozen stays in the spool."""
         with self._changed:
             self._stopping = True
+            self._settle()
             self._changed.notify_all()
         self._poke()
         for _ in self._workers:
@@ -381,7 +403,7 @@ class Uploader:
         with self._changed:
             self._covered_ticket = ticket
             self._covered_txid = self._capture.state.txid
-            self._changed.notify_all()
+            self._settle()
         return 0.0 if self.dirty and self._sync_interval_s <= 0 else TICK_S
 
     def _next_segment(self) -> Sealed | None:
@@ -417,12 +439,14 @@ class Uploader:
         with self._changed:
             self._acked_txid = state.acked_txid
             self._reconciled = True
+            self._settle()
             self._changed.notify_all()
         self._recovered()
 
     def _give_up(self, error: ReplicaError) -> None:
         with self._changed:
             self._fatal = error
+            self._settle()
             self._changed.notify_all()
         self._on_give_up(error)
         log.error("%s: %s", self._name, error)
@@ -477,7 +501,7 @@ class Uploader:
         self._capture.acknowledge(acked)
         with self._changed:
             self._acked_txid = acked
-            self._changed.notify_all()
+            self._settle()
         self._recovered()
 
     def _failed(self, error: ReplicaError) -> float:

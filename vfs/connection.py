@@ -17,6 +17,7 @@ from walship.replica.errors import ClosedError, ConfigError, ReplicaError
 from walship.replica.settings import DatabaseSettings, ReplicaSettings
 from walship.replica.sqlite import RefusedError, require_sqlite
 
+from .durable import make_durable
 from .registry import VFS_NAME, canonical, registry
 from .replicating import install
 
@@ -64,6 +65,15 @@ class Replication:
         status = self.status()
         return f"<walship.Replication {status.path} -> {status.replica} ({status.state})>"
 
+    @property
+    def engine(self) -> Engine:
+        """The engine behind it; not part of what stays the same from release to release."""
+        return self._engine
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Another name of `sync`."""
+        return self.sync(timeout)
+
     def sync(self, timeout: float | None = None) -> int:
         """Wait until everything committed so far is in the replica.
 
@@ -95,6 +105,8 @@ def connect(
     restore: Literal["if-missing", "never"] | None = None,
     page_size: int | None = None,
     busy_timeout: float | None = None,
+    durability: Literal["async", "replica"] | None = None,
+    durability_timeout: float | None = None,
     flags: int = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE,
     **settings: Any,
 ) -> Connection:
@@ -110,6 +122,9 @@ def connect(
             and the replica has data; "never" does not.
         page_size: bytes, for a new database only: a power of two from 512 to 65536.
         busy_timeout: seconds to wait for another connection's lock, default 5.
+        durability: "replica" makes every commit of this connection wait until the replica has it;
+            "async" (default) returns at once.
+        durability_timeout: seconds such a commit waits before `NotYetReplicated`, default 30.
         flags: as for ``apsw.Connection``.
         **settings: any replica or database setting of the configuration file, with underscores.
 
@@ -123,7 +138,13 @@ def connect(
     """
     require_sqlite()
     name = canonical(path)
-    found = _settings(name, replica, restore, page_size, busy_timeout, settings)
+    own = {
+        "page_size": page_size,
+        "busy_timeout": busy_timeout,
+        "durability": durability,
+        "durability_timeout": durability_timeout,
+    }
+    found = _settings(name, replica, restore, own, settings)
     if found.replica is not None:
         registry.configure(found)
         if found.restore == "if-missing" and registry.engine(name) is None:
@@ -134,6 +155,9 @@ def connect(
         connection.set_busy_timeout(int(found.busy_timeout_s * 1000))
         connection.wal_autocheckpoint(found.min_checkpoint_page_count)
         _prepare(connection, name, found.page_size)
+        if found.durability == "replica" and found.replica is not None:
+            pages = found.min_checkpoint_page_count
+            make_durable(connection, pages, found.durability_timeout_s)
     except BaseException:
         connection.close(True)
         raise
@@ -144,8 +168,7 @@ def _settings(
     name: str,
     replica: ReplicaLike | None,
     restore: Literal["if-missing", "never"] | None,
-    page_size: int | None,
-    busy_timeout: float | None,
+    own: dict[str, Any],
     settings: dict[str, Any],
 ) -> DatabaseSettings:
     """What was configured for the path, or what these arguments say."""
@@ -166,14 +189,12 @@ def _settings(
         )
     else:
         found = configured
-    own: dict[str, Any] = {"page_size": page_size, "busy_timeout": busy_timeout}
-    read = database_settings(
-        name, **{key: value for key, value in own.items() if value is not None}
-    )
-    if page_size is not None:
-        found = replace(found, page_size=read.page_size)
-    if busy_timeout is not None:
-        found = replace(found, busy_timeout_s=read.busy_timeout_s)
+    # These belong to the connection, whatever the database's settings say.
+    given_own = {key: value for key, value in own.items() if value is not None}
+    read = database_settings(name, **given_own)
+    for key in given_own:
+        attribute = key if hasattr(read, key) else f"{key}_s"
+        found = replace(found, **{attribute: getattr(read, attribute)})
     return found
 
 

@@ -24,6 +24,8 @@ import apsw
 from walship.replica.engine import Engine
 from walship.replica.sqlite import RefusedError
 
+from .commits import collecting
+
 __all__ = ["Interrupted", "MainFile", "WalFile", "latest_main_file"]
 
 _COMMIT_PHASETWO: Final = apsw.SQLITE_FCNTL_COMMIT_PHASETWO
@@ -116,6 +118,9 @@ class MainFile(apsw.VFSFile):
             try:
                 if not self._uploader.dirty:
                     self._uploader.ring()
+                commits = collecting.get()
+                if commits is not None:
+                    commits.add(self.engine)
             except BaseException as error:
                 self._uploader.ring_later(isinstance(error, KeyboardInterrupt))
             return False  # the VFS below knows nothing of it

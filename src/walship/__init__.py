@@ -41,6 +41,7 @@ from walship.replica.restore import RestoreResult
 from walship.replica.restore_front import restore_from as restore
 from walship.replica.sqlite import FencedError, NotYetReplicated, RefusedError, SpoolError
 from walship.vfs.connection import Connection, Replication, configure, connect, replication
+from walship.vfs.durable import durable
 from walship.vfs.replicating import ReplicatingVFS, install
 
 # apsw.Connection("file:app.db?replica=...", vfs="walship") works from here on.
@@ -75,6 +76,7 @@ __all__ = [
     "StoreUnavailable",
     "configure",
     "connect",
+    "durable",
     "replication",
     "restore",
 ]

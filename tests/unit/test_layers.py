@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
     not (ROOT / "replica").is_dir(), reason="tests of an installed wheel: there are no sources"
 )
 
-LAYERS = "Imports point down: cli, vfs, replica"
+LAYERS = "Imports point down: cli, middleware, aio, vfs, replica"
 ENGINE = "Imports point down: engine, store, format, base"
 BOTO = "Only the S3 store knows boto3"
 SQLITE = "SQLite is reached through the VFS, the port and the two checkers of files"
