@@ -229,7 +229,8 @@ class Uploader:
         end: ReplicaError | None = self._fatal
         if end is None and self._stopping:
             end = ClosedError(
-                f"replication of {self._name} was closed first; what is left goes out after the next open"
+                f"replication of {self._name} was closed first; what is left goes out after the "
+                "next open"
             )
         left: list[_Wait] = []
         for wait in self._waiting:
