@@ -262,11 +262,12 @@ def _with_scalars(state: State, meta: dict[str, Any]) -> State:
         commit=meta["commit"],
         page_size=meta["page_size"],
         fingerprint=Fingerprint(*fingerprint) if fingerprint else None,
-        wal_gone=meta["wal_gone"],
+        # The first journals had no more than position and fingerprint to tell these from.
+        wal_gone=meta.get("wal_gone", fingerprint is not None and position is None),
         copying=meta["copying"],
-        resync=meta["resync"],
-        suspect=meta["suspect"],
-        timestamp_ms=meta["timestamp_ms"],
+        resync=meta.get("resync", "" if position or fingerprint else NEVER_COPIED),
+        suspect=meta.get("suspect", False),
+        timestamp_ms=meta.get("timestamp_ms", 0),
     )
 
 

@@ -9,9 +9,11 @@ import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import walship.replica.spool as spool_module
 from walship.replica.clock import SystemClock
 from walship.replica.errors import FormatError
 from walship.replica.format.types import WalSalts
@@ -382,3 +384,29 @@ def test_a_state_directory_that_was_removed_is_an_error(directory: Path) -> None
     with pytest.raises(SpoolError, match="was removed"):
         spool.lock()
     spool.close()
+
+
+def test_older_journals_are_read(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records without the later fields mean the same as they did."""
+    newer = ("wal_gone", "resync", "suspect", "timestamp_ms")
+    scalars = spool_module._scalars
+
+    def first(state: State) -> dict[str, Any]:
+        return {name: value for name, value in scalars(state).items() if name not in newer}
+
+    fingerprint = Fingerprint(1, 2, 3, 4, 5)
+    position = WalPosition(WalSalts(1, 2), 3, (4, 5))
+    for fields, gone, continuous in (
+        ({"fingerprint": fingerprint}, True, True),
+        ({"position": position}, False, True),
+        ({}, False, False),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(spool_module, "_scalars", first)
+            spool = Spool.open(directory, SystemClock())
+            spool.record(State(txid=4, **fields))  # type: ignore[arg-type]
+        spool = _reopened(spool)
+        assert spool.state.txid == 4
+        assert spool.state.wal_gone == gone
+        assert (spool.state.resync == "") == continuous
+        spool.close()
