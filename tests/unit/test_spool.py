@@ -404,7 +404,7 @@ def test_older_journals_are_read(directory: Path, monkeypatch: pytest.MonkeyPatc
         with monkeypatch.context() as patch:
             patch.setattr(spool_module, "_scalars", first)
             spool = Spool.open(directory, SystemClock())
-            spool.record(State(txid=4, **fields))  # type: ignore[arg-type]
+            spool.record(State(txid=4, **fields))
         spool = _reopened(spool)
         assert spool.state.txid == 4
         assert spool.state.wal_gone == gone
