@@ -23,6 +23,7 @@ __all__ = [
     "ObjectInfo",
     "ObjectStore",
     "SegmentInfo",
+    "Version",
     "list_segments",
     "segment_key",
 ]
@@ -46,7 +47,8 @@ class ObjectInfo:
         key: relative to the store's root.
         size_bytes: length of the content.
         modified_ms: storage time, milliseconds since the Unix epoch.
-        etag: the store's tag for this version, or None where there is none.
+        etag: the store's tag for this version, without quotes, or None where there is none.  What
+            a put returns can be given to ``put(..., if_match=)``.
         metadata: user metadata, lower-case names; empty in listings.
     """
 
@@ -55,6 +57,26 @@ class ObjectInfo:
     modified_ms: int
     etag: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One version of a small object, whole.
+
+    Attributes:
+        body: its content.
+        etag: its tag, without quotes, for ``if_match``.  Other content has another one; S3 makes it
+            from the content alone, so what is swapped must hold something that never comes again.
+        modified_ms: storage time, milliseconds since the Unix epoch.
+        now_ms: the time of the answer.  Both times are by the store's own clock, so that their
+            difference is the object's age whatever the clocks of the hosts say; whole seconds in
+            S3.
+    """
+
+    body: bytes
+    etag: str
+    modified_ms: int
+    now_ms: int
 
 
 class ObjectStore(Protocol):
@@ -75,22 +97,46 @@ class ObjectStore(Protocol):
         timestamp_ms: int | None = None,
         metadata: Mapping[str, str] | None = None,
         if_absent: bool = False,
+        if_match: str | None = None,
     ) -> ObjectInfo:
         """Create or replace an object, atomically visible and durable when this returns.
+
+        With ``if_match`` this is a compare-and-swap: of several such puts with the same tag, from
+        any threads, processes and hosts, one succeeds at most.  (In a directory that holds among
+        conditional puts; a plain put or a delete of the same key at that moment may be lost.)
 
         Args:
             timestamp_ms: logical time of the content: ``litestream-timestamp`` metadata in S3, the
                 file's modification time in a directory.
             metadata: further user metadata; a directory store drops it.
             if_absent: create only.
+            if_match: replace only the version with this etag.
+
+        Returns:
+            What is stored now, with an etag for the next ``if_match``.
 
         Raises:
-            PreconditionFailed: ``if_absent`` and the key exists.
+            ValueError: both ``if_absent`` and ``if_match``.
+            PreconditionFailed: ``if_absent`` and the key exists; ``if_match`` and the object is
+                another version or gone.
             StoreError: anything else; ``ambiguous`` says whether the object may exist now.
         """
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         """Read ``length`` bytes from ``start`` (to the end without a length; fewer at the end).
+
+        Raises:
+            ObjectNotFound: no such key.
+        """
+
+    def read(self, key: str, *, unless_etag: str | None = None) -> Version | None:
+        """Read a small object whole, with its tag and its age; one request.
+
+        Args:
+            unless_etag: a tag seen before.
+
+        Returns:
+            The newest version, or None if that is still the one with ``unless_etag``.
 
         Raises:
             ObjectNotFound: no such key.

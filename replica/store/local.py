@@ -6,13 +6,19 @@ temporary file, write, fsync, rename (or link, to create only), fsync of the dir
 Layout: ``ltx/<level in decimal>/<min>-<max>.ltx``.  Names that end in ``.tmp`` are unfinished
 files and never part of a listing; what a crash left of them is removed a day later.  User metadata
 is not kept; the logical time of an object is its file's modification time.
+
+Compare-and-swap holds a lock on ``.walship-lock.tmp`` in the root while it compares and renames.
+That works among the processes of one host; over a network file system only as far as its locks do.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import itertools
 import os
+import secrets
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,16 +27,16 @@ from typing import Final
 from walship.replica.clock import Clock
 from walship.replica.errors import ObjectNotFound, PreconditionFailed, StoreError, StoreUnavailable
 
-from .base import Body, ObjectInfo
+from .base import Body, ObjectInfo, Version
 
-try:
-    from fcntl import F_FULLFSYNC, fcntl  # type: ignore[attr-defined,unused-ignore]
-except ImportError:
-    F_FULLFSYNC = None
+F_FULLFSYNC: Final[int | None] = getattr(fcntl, "F_FULLFSYNC", None)
 
 __all__ = ["LocalStore", "fsync_directory", "fsync_file", "make_directories", "write_durably"]
 
 _TEMPORARY: Final = ".tmp"
+#: Ends like an unfinished file so that it is no object; never removed, or two processes could hold
+#: locks on two files of this name.
+_LOCK_FILE: Final = f".walship-lock{_TEMPORARY}"
 _COPY_BYTES: Final = 1024 * 1024
 _IOV_MAX: Final = 512  # the kernel takes 1024 pieces in one call
 _LEFTOVER_MS: Final = 24 * 3600 * 1000
@@ -52,12 +58,24 @@ _NO_HARD_LINKS: Final = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP,
 
 _serial = itertools.count()
 
+# Guards compare-and-swap among the threads of this process, whatever their LocalStore: locks of
+# lockf() are the process's, and closing any descriptor of the file gives them up.
+_swap_mutex = threading.Lock()
+
+
+def _new_swap_mutex() -> None:
+    global _swap_mutex
+    _swap_mutex = threading.Lock()  # a thread that held it does not exist in the child
+
+
+os.register_at_fork(after_in_child=_new_swap_mutex)
+
 
 def fsync_file(fd: int) -> None:
     """Make the content and length of an open file survive a power cut."""
     if F_FULLFSYNC is not None:  # macOS: plain fsync leaves data in the drive's cache
         try:
-            fcntl(fd, F_FULLFSYNC)
+            fcntl.fcntl(fd, F_FULLFSYNC)
             return
         except OSError:  # not every file system there knows it
             pass
@@ -129,23 +147,46 @@ def write_durably(
         OSError: anything else.  ``path`` is then unchanged, or (only when the directory's fsync
             failed: the attribute ``ambiguous`` is set and true) new but perhaps not durable.
     """
+    return _write_file(path, body, if_absent=if_absent, mtime_ms=mtime_ms, mode=mode).st_size
+
+
+def _write_file(
+    path: Path,
+    body: Body | Iterable[bytes | bytearray | memoryview],
+    *,
+    if_absent: bool = False,
+    mtime_ms: int | None = None,
+    mode: int = 0o600,
+    distinct: bool = False,
+    swap: contextlib.AbstractContextManager[None] | None = None,
+) -> os.stat_result:
+    """``write_durably``, with what a store needs besides.
+
+    Args:
+        distinct: let digits below the millisecond tell the modification time from that of any
+            other file.
+        swap: entered around the rename; what it raises leaves ``path`` unchanged.
+
+    Returns:
+        Status of the new file itself, also if another has taken its place meanwhile.
+    """
     make_directories(path.parent)
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{next(_serial)}{_TEMPORARY}")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         try:
-            size_bytes = _write_body(fd, body)
-            if mtime_ms is not None:
-                os.utime(
-                    fd if os.utime in os.supports_fd else temporary, ns=(mtime_ms * 10**6,) * 2
-                )
+            _write_body(fd, body)
+            if distinct or mtime_ms is not None:
+                _set_mtime(fd, mtime_ms, distinct)
             fsync_file(fd)
+            status = os.fstat(fd)
         finally:
             os.close(fd)
         if if_absent:
             os.link(temporary, path)  # unlike a rename this fails when the name is taken
         else:
-            temporary.replace(path)
+            with swap or contextlib.nullcontext():
+                temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     try:
@@ -153,7 +194,15 @@ def write_durably(
     except OSError as error:
         error.ambiguous = True  # type: ignore[attr-defined]
         raise
-    return size_bytes
+    return status
+
+
+def _set_mtime(fd: int, mtime_ms: int | None, distinct: bool) -> None:
+    if mtime_ms is None:
+        # What the file system itself gave: on a network that may be the server's time.
+        mtime_ms = os.fstat(fd).st_mtime_ns // 1_000_000
+    below_ms = secrets.randbelow(1_000_000) if distinct else 0
+    os.utime(fd, ns=(mtime_ms * 1_000_000 + below_ms,) * 2)
 
 
 def _exists(path: Path) -> bool:
@@ -164,35 +213,44 @@ def _exists(path: Path) -> bool:
     return True
 
 
-def _write_body(fd: int, body: Body | Iterable[bytes | bytearray | memoryview]) -> int:
+def _write_body(fd: int, body: Body | Iterable[bytes | bytearray | memoryview]) -> None:
     if isinstance(body, Path):
-        return _copy_file(fd, body)
+        _copy_file(fd, body)
+        return
     if isinstance(body, (bytes, bytearray, memoryview)):
         body = (body,)
-    size_bytes = 0
     pieces = iter(body)
     while batch := [memoryview(piece).cast("B") for piece in itertools.islice(pieces, _IOV_MAX)]:
         while batch:
             written = os.writev(fd, batch)
-            size_bytes += written
             while batch and written >= len(batch[0]):
                 written -= len(batch[0])
                 del batch[0]
             if batch:
                 batch[0] = batch[0][written:]
-    return size_bytes
 
 
-def _copy_file(fd: int, source: Path) -> int:
-    size_bytes = 0
+def _copy_file(fd: int, source: Path) -> None:
     buffer = memoryview(bytearray(_COPY_BYTES))
     with source.open("rb", buffering=0) as file:
         while n := file.readinto(buffer):
             rest = buffer[:n]
             while rest:
                 rest = rest[os.write(fd, rest) :]
-            size_bytes += n
-    return size_bytes
+
+
+def _etag(status: os.stat_result) -> str:
+    """Tag of a file that is replaced and never changed.
+
+    The file's number is another one than its predecessor's; should a later file get it again, the
+    digits of its time below the millisecond are others.  The time of the last status change is
+    left out: it moves when a create-only write removes its temporary name.
+    """
+    return f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
+
+
+def _info(key: str, status: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(key, status.st_size, status.st_mtime_ns // 1_000_000, _etag(status))
 
 
 class LocalStore:
@@ -227,12 +285,27 @@ class LocalStore:
         timestamp_ms: int | None = None,
         metadata: Mapping[str, str] | None = None,
         if_absent: bool = False,
+        if_match: str | None = None,
     ) -> ObjectInfo:
+        if if_absent and if_match is not None:
+            raise ValueError("if_absent and if_match exclude each other")
         path = self._path(key)
+        swap = None
         try:
+            if if_match is not None:
+                self._compare(path, if_match)  # before anything is written
+                swap = self._swapping(path, if_match)
             self._sweep(path.parent)
-            write_durably(path, body, if_absent=if_absent, mtime_ms=timestamp_ms)
-            return self._info(key, path.stat())
+            status = _write_file(
+                path,
+                body,
+                if_absent=if_absent,
+                mtime_ms=timestamp_ms,
+                # The times of segments are read by others, to the last digit.
+                distinct=timestamp_ms is None or if_match is not None,
+                swap=swap,
+            )
+            return _info(key, status)
         except FileExistsError as error:
             if if_absent and _exists(path):
                 raise PreconditionFailed(f"{path} exists already", code="EEXIST") from error
@@ -263,6 +336,19 @@ class LocalStore:
         except OSError as error:
             raise self._error("read", key, error) from error
 
+    def read(self, key: str, *, unless_etag: str | None = None) -> Version | None:
+        path = self._path(key)
+        try:
+            with path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                etag = _etag(status)
+                if etag == unless_etag:
+                    return None
+                body = file.read()
+        except OSError as error:
+            raise self._error("read", key, error) from error
+        return Version(body, etag, status.st_mtime_ns // 1_000_000, self._file_system_ms())
+
     def head(self, key: str) -> ObjectInfo:
         path = self._path(key)
         try:
@@ -271,7 +357,7 @@ class LocalStore:
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         except OSError as error:
             raise self._error("read", key, error) from error
-        return self._info(key, status)
+        return _info(key, status)
 
     def list(self, prefix: str, start_after: str | None = None) -> Iterator[ObjectInfo]:
         folder, slash, name = prefix.rpartition("/")
@@ -320,8 +406,41 @@ class LocalStore:
         return self._root.joinpath(*parts)
 
     @staticmethod
-    def _info(key: str, status: os.stat_result) -> ObjectInfo:
-        return ObjectInfo(key, status.st_size, status.st_mtime_ns // 1_000_000)
+    def _compare(path: Path, etag: str) -> None:
+        """Raise PreconditionFailed unless the file's tag is ``etag``."""
+        try:
+            found = _etag(path.stat())
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise PreconditionFailed(
+                f"{path} is gone: it was there before", code="ENOENT"
+            ) from error
+        if found != etag:
+            raise PreconditionFailed(f"{path} was replaced by another writer", code="ESTALE")
+
+    @contextlib.contextmanager
+    def _swapping(self, path: Path, etag: str) -> Iterator[None]:
+        """Nobody else compares and swaps in this directory; the file's tag is ``etag``."""
+        with _swap_mutex:
+            fd = os.open(self._root / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.lockf(fd, fcntl.LOCK_EX)  # given back with the descriptor
+                self._compare(path, etag)
+                yield
+            finally:
+                os.close(fd)
+
+    def _file_system_ms(self) -> int:
+        """Now, by the clock that modification times come from: on a network the server's."""
+        probe = self._root / f".walship-now.{os.getpid()}-{next(_serial)}{_TEMPORARY}"
+        try:
+            fd = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                return os.fstat(fd).st_mtime_ns // 1_000_000
+            finally:
+                os.close(fd)
+                probe.unlink()
+        except OSError:  # read-only or full: on a disk of this machine its clock is the same
+            return self._clock.now_ms()
 
     def _walk(self, folder: str, name: str, start_after: str | None) -> Iterator[ObjectInfo]:
         """Objects directly and deeper below ``folder`` ("" or ending in "/"), in key order."""
@@ -350,7 +469,7 @@ class LocalStore:
                     status = entry.stat()
                 except FileNotFoundError:  # removed meanwhile
                     continue
-                yield self._info(key, status)
+                yield _info(key, status)
 
     def _sweep(self, folder: Path) -> None:
         """Once per directory: remove unfinished files that a crash left behind."""
@@ -362,7 +481,9 @@ class LocalStore:
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    if entry.name.endswith(_TEMPORARY) and entry.stat().st_ctime_ns < old_ns:
+                    if entry.name == _LOCK_FILE or not entry.name.endswith(_TEMPORARY):
+                        continue
+                    if entry.stat().st_ctime_ns < old_ns:
                         os.unlink(entry.path)
         except OSError:  # tidying only: the write itself says what is wrong
             return

@@ -1,9 +1,10 @@
 """A store that tries again: same interface, with back-off, jitter and a deadline around another.
 
-What is worth trying again is decided by the inner store (``StoreError.retryable``).  A create-only
-write is special: when an attempt failed without a clear answer and a later one finds the key taken,
-the object may be the caller's own or somebody else's.  This wrapper does not guess:
-``PreconditionFailed`` is raised with ``ambiguous`` true, and the caller compares the bytes.
+What is worth trying again is decided by the inner store (``StoreError.retryable``).  A conditional
+write is special: when an attempt failed without a clear answer and a later one finds the key taken
+(or the version to replace gone), the object may be the caller's own or somebody else's.  This
+wrapper does not guess: ``PreconditionFailed`` is raised with ``ambiguous`` true, and the caller
+compares the bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Final, TypeVar
 from walship.replica.clock import Clock
 from walship.replica.errors import PreconditionFailed, StoreError
 
-from .base import Body, ObjectInfo, ObjectStore
+from .base import Body, ObjectInfo, ObjectStore, Version
 
 __all__ = ["RetryingStore"]
 
@@ -81,6 +82,7 @@ class RetryingStore:
         timestamp_ms: int | None = None,
         metadata: Mapping[str, str] | None = None,
         if_absent: bool = False,
+        if_match: str | None = None,
     ) -> ObjectInfo:
         attempts = _Attempts(self, f"put {key}")
         ambiguous = False
@@ -92,6 +94,7 @@ class RetryingStore:
                     timestamp_ms=timestamp_ms,
                     metadata=metadata,
                     if_absent=if_absent,
+                    if_match=if_match,
                 )
             except PreconditionFailed as error:
                 if not ambiguous:
@@ -109,6 +112,9 @@ class RetryingStore:
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         return self._repeat(f"get {key}", lambda: self._store.get(key, start, length))
+
+    def read(self, key: str, *, unless_etag: str | None = None) -> Version | None:
+        return self._repeat(f"read {key}", lambda: self._store.read(key, unless_etag=unless_etag))
 
     def head(self, key: str) -> ObjectInfo:
         return self._repeat(f"head {key}", lambda: self._store.head(key))

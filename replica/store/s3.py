@@ -2,8 +2,13 @@
 
 One request per call: the SDK's own retries are off, so that an unclear answer to a create-only
 write is never repeated behind the caller's back (``retrying.RetryingStore`` repeats, and tells).
-The exception are the parts of a multipart upload, which have no effect until the upload is
-completed: each is tried a few times here rather than sending gigabytes again.
+The exceptions are the parts of a multipart upload, which have no effect until the upload is
+completed: each is tried a few times here rather than sending gigabytes again; and a request that
+was refused because of its keys is sent once more when the SDK's chain has other keys by now.
+
+How long a request may take: ``connect_timeout_s`` for the connection, ``read_timeout_s`` for any
+silence, and the content of an object must come faster than 16 KiB/s on average.  Nothing ends a
+server that trickles the headers of an answer, a listing or an error document byte by byte.
 
 Layout: ``<path>/<level as 4 hex digits>/<min>-<max>.ltx``.  A store at a bucket's top writes
 ``0000/...``; keys of the forms ``/0000/...`` and ``./0000/...``, which Litestream makes from URLs
@@ -13,7 +18,6 @@ without a path, are found and continued (see ``_find_root``).
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import io
 import logging
@@ -22,6 +26,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -32,6 +37,7 @@ import botocore.exceptions as boto_errors
 from botocore.config import Config
 from botocore.parsers import DEFAULT_TIMESTAMP_PARSER
 from botocore.session import get_session
+from urllib3.exceptions import HTTPError
 
 from walship.replica.clock import Clock
 from walship.replica.errors import (
@@ -42,14 +48,15 @@ from walship.replica.errors import (
     StoreUnavailable,
 )
 
-from .base import Body, ObjectInfo
+from .base import Body, ObjectInfo, Version
 from .settings import S3Settings
 from .timestamps import TIMESTAMP_METADATA, format_timestamp
 
 if TYPE_CHECKING:
     from botocore.awsrequest import AWSRequest
+    from botocore.credentials import Credentials
     from mypy_boto3_s3.client import S3Client
-    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef, GetObjectOutputTypeDef
 
 __all__ = ["S3Store"]
 
@@ -63,7 +70,11 @@ _MIB: Final = 1024 * 1024
 _PART_PAUSES_S: Final = (0.2, 0.5, 1.0)  # before the 2nd, 3rd and 4th attempt at a part
 _ROOT_FORMS: Final = ("", "/", "./")
 
-_RETRYABLE_STATUS: Final = frozenset({408, 429, 500, 502, 503, 504, 507, 509})
+_READ_BYTES: Final = 64 * 1024  # of a body, at once
+_SLOWEST_BYTES_PER_S: Final = 16 * 1024
+_RENEWAL_PAUSE_S: Final = 10.0  # between two looks at the SDK's chain for other keys
+
+_RETRYABLE_STATUS: Final = frozenset({408, 409, 429, 500, 502, 503, 504, 507, 509})
 _RETRYABLE_CODES: Final = frozenset(
     {
         "BadDigest",
@@ -87,11 +98,24 @@ _RETRYABLE_CODES: Final = frozenset(
 _WITHOUT_EFFECT_CODES: Final = frozenset(
     {"BadDigest", "ConditionalRequestConflict", "IncompleteBody", "OperationAborted", "SlowDown"}
 )
+_WITH_EFFECT: Final = frozenset({"write", "replace", "delete"})
+_NO_KEY_CODES: Final = frozenset({"NoSuchKey", "404", "NotFound"})
+_EXPIRED_CODES: Final = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"})
+#: Other keys may help.  An answer to HEAD has no body and tells its status only.
+_KEY_CODES: Final = _EXPIRED_CODES | {
+    "400",
+    "401",
+    "403",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "SignatureDoesNotMatch",
+}
 _ADVICE: Final = {
     "AccessDenied": "check that the keys may list, read, write and delete there",
     "AllAccessDisabled": "check the account",
     "AuthorizationHeaderMalformed": "check `region`",
-    "ExpiredToken": "the session token has expired: renew the credentials",
     "IllegalLocationConstraintException": "check `region` and `endpoint`",
     "InvalidAccessKeyId": "check `access-key-id` (AWS_ACCESS_KEY_ID), and that it is a key of "
     "this endpoint",
@@ -104,12 +128,28 @@ _ADVICE: Final = {
 }
 
 
+class _UnusableAnswer(Exception):
+    """A success that cannot be one: no S3 store says this; a proxy does, or a broken server."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Connection:
+    """A client and the keys it signs with: None if they are in the settings, or nowhere."""
+
+    client: S3Client
+    credentials: Credentials | None
+
+    def keys(self) -> object:
+        """The keys as they are now; may ask whoever gives them out."""
+        return self.credentials and self.credentials.get_frozen_credentials()
+
+
 class S3Store:
     """An S3-compatible bucket, or what lies below a path in it.  Thread-safe.
 
     Args:
         settings: see ``S3Settings``.
-        clock: for pauses between attempts at a part.
+        clock: for pauses between attempts at a part, and how long a body may take.
 
     Raises:
         ConfigError: settings that the SDK refuses, an unknown profile for instance.
@@ -122,7 +162,11 @@ class S3Store:
         self._lock = threading.Lock()
         self._part_slots = threading.BoundedSemaphore(max(1, settings.concurrency))
         self._root = f"{settings.path}/" if settings.path else None  # guarded by _lock
-        self._client = _make_client(settings)
+        self._connection = _connect(settings)  # guarded by _renewal when it changes
+        # Held while keys are read again, so that requests that failed together wait for one answer;
+        # nobody else ever waits for it.
+        self._renewal = threading.Lock()
+        self._renewed_at: float | None = None  # monotonic; guarded by _renewal
         self._read_args: dict[str, Any] = {}
         self._write_args: dict[str, Any] = {}
         if settings.sse_customer_key is not None:
@@ -156,7 +200,16 @@ class S3Store:
         timestamp_ms: int | None = None,
         metadata: Mapping[str, str] | None = None,
         if_absent: bool = False,
+        if_match: str | None = None,
     ) -> ObjectInfo:
+        if if_absent and if_match is not None:
+            raise ValueError("if_absent and if_match exclude each other")
+        condition: dict[str, Any] = {}
+        if if_absent:
+            condition["IfNoneMatch"] = "*"
+        elif if_match is not None:
+            condition["IfMatch"] = f'"{if_match}"'
+        action = "write" if if_match is None else "replace"
         size = _body_size(body)
         extra: dict[str, Any] = dict(self._write_args)
         entries = dict(metadata or {})
@@ -164,19 +217,25 @@ class S3Store:
             entries[TIMESTAMP_METADATA] = format_timestamp(timestamp_ms)
         if entries:
             extra["Metadata"] = entries
-        if size <= self._settings.part_size:
-            if if_absent:
-                extra["IfNoneMatch"] = "*"
-            answer: Mapping[str, Any] = self._call(
-                "write",
+        if size > self._settings.part_size:
+            etag, date_ms = self._put_parts(action, key, body, size, extra, condition)
+        else:
+            etag, date_ms = self._call(
+                action,
                 key,
-                lambda name: self._client.put_object(
-                    Bucket=self._bucket, Key=name, Body=_part(body, 0, size), **extra
+                lambda client, name: _stored(
+                    client.put_object(
+                        Bucket=self._bucket,
+                        Key=name,
+                        Body=_part(body, 0, size),
+                        **extra,
+                        **condition,
+                    )
                 ),
             )
-        else:
-            answer = self._put_parts(key, body, size, extra, if_absent)
-        return ObjectInfo(key, size, self._answered_ms(answer), _etag(answer), entries)
+        if date_ms is None:
+            date_ms = self._clock.now_ms()
+        return ObjectInfo(key, size, date_ms, etag, entries)
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         if length is not None and length <= 0:
@@ -184,17 +243,17 @@ class S3Store:
             return b""
         last = "" if length is None else start + length - 1
 
-        def read(name: str) -> bytes:
-            answer = self._client.get_object(
+        def read(client: S3Client, name: str) -> bytes:
+            answer = client.get_object(
                 Bucket=self._bucket, Key=name, Range=f"bytes={start}-{last}", **self._read_args
             )
-            with contextlib.closing(answer["Body"]) as stream:
-                content = stream.read()
+            content = self._read_body(answer)
             if answer["ResponseMetadata"]["HTTPStatusCode"] == 200 and (
                 start or length is not None
             ):
                 # The server sent everything: some do when the range covers it, a few always.
                 return content[start : None if length is None else start + length]
+            _check_range(answer.get("ContentRange", ""), start, length, len(content))
             return content
 
         try:
@@ -204,43 +263,69 @@ class S3Store:
                 return b""
             raise
 
+    def read(self, key: str, *, unless_etag: str | None = None) -> Version | None:
+        condition: dict[str, Any] = {}
+        if unless_etag is not None:
+            condition["IfNoneMatch"] = f'"{unless_etag}"'
+
+        def read(client: S3Client, name: str) -> Version:
+            answer = client.get_object(
+                Bucket=self._bucket, Key=name, **condition, **self._read_args
+            )
+            body = self._read_body(answer)
+            now_ms = _date_ms(answer)
+            if now_ms is None:
+                raise _UnusableAnswer("it has no Date")
+            return Version(
+                body, _need_etag(answer), _epoch_ms(_need(answer, "LastModified")), now_ms
+            )
+
+        try:
+            return self._call("read", key, read)
+        except StoreError as error:
+            if unless_etag is not None and error.code in ("304", "NotModified"):
+                return None
+            raise
+
     def head(self, key: str) -> ObjectInfo:
-        answer = self._call(
-            "read",
-            key,
-            lambda name: self._client.head_object(Bucket=self._bucket, Key=name, **self._read_args),
-        )
-        return ObjectInfo(
-            key,
-            answer["ContentLength"],
-            _epoch_ms(answer["LastModified"]),
-            _etag(answer),
-            {name.lower(): value for name, value in answer.get("Metadata", {}).items()},
-        )
+        def ask(client: S3Client, name: str) -> ObjectInfo:
+            answer = client.head_object(Bucket=self._bucket, Key=name, **self._read_args)
+            return ObjectInfo(
+                key,
+                _need(answer, "ContentLength"),
+                _epoch_ms(_need(answer, "LastModified")),
+                _etag(answer),
+                {name.lower(): value for name, value in answer.get("Metadata", {}).items()},
+            )
+
+        return self._call("read", key, ask)
 
     def list(self, prefix: str, start_after: str | None = None) -> Iterator[ObjectInfo]:
         request: dict[str, Any] = {}
         if start_after is not None:
             request["StartAfter"] = self._find_root() + start_after
-        while True:
-            answer = self._call(
-                "list",
-                prefix,
-                lambda name, request=request: self._client.list_objects_v2(  # type: ignore[misc]
-                    Bucket=self._bucket, Prefix=name, **request
-                ),
-            )
-            strip = len(self._find_root())
-            for item in answer.get("Contents", ()):
-                yield ObjectInfo(
-                    item["Key"][strip:],
-                    item["Size"],
-                    _epoch_ms(item["LastModified"]),
+        strip = len(self._find_root())
+
+        def page(client: S3Client, name: str) -> tuple[Sequence[ObjectInfo], str | None]:
+            answer = client.list_objects_v2(Bucket=self._bucket, Prefix=name, **request)
+            more = _need(answer, "IsTruncated")  # else a page of something else is an empty bucket
+            found = [
+                ObjectInfo(
+                    _need(item, "Key")[strip:],
+                    _need(item, "Size"),
+                    _epoch_ms(_need(item, "LastModified")),
                     _etag(item),
                 )
-            if not answer.get("IsTruncated"):
+                for item in answer.get("Contents", ())
+            ]
+            return found, _need(answer, "NextContinuationToken") if more else None
+
+        while True:
+            found, token = self._call("list", prefix, page)
+            yield from found
+            if token is None:
                 return
-            request = {"ContinuationToken": answer["NextContinuationToken"]}
+            request = {"ContinuationToken": token}
 
     def delete(self, keys: Sequence[str]) -> None:
         for start in range(0, len(keys), _DELETE_BATCH):
@@ -249,8 +334,8 @@ class S3Store:
             answer = self._call(
                 "delete",
                 batch[0],
-                lambda _name, names=[root + key for key in batch]: (  # type: ignore[misc]
-                    self._client.delete_objects(
+                lambda client, _name, names=[root + key for key in batch]: (  # type: ignore[misc]
+                    client.delete_objects(
                         Bucket=self._bucket,
                         Delete={"Objects": [{"Key": name} for name in names], "Quiet": True},
                     )
@@ -269,32 +354,37 @@ class S3Store:
                 )
 
     def close(self) -> None:
-        self._client.close()
+        self._connection.client.close()
 
     # --- multipart --------------------------------------------------------------------------------
 
     def _put_parts(
-        self, key: str, body: Body, size: int, extra: dict[str, Any], if_absent: bool
-    ) -> Mapping[str, Any]:
-        started = self._call(
-            "write",
+        self,
+        action: str,
+        key: str,
+        body: Body,
+        size: int,
+        extra: dict[str, Any],
+        condition: dict[str, Any],
+    ) -> tuple[str, int | None]:
+        upload_id: str = self._call(
+            "upload",
             key,
-            lambda name: self._client.create_multipart_upload(
-                Bucket=self._bucket, Key=name, **extra
+            lambda client, name: _need(
+                client.create_multipart_upload(Bucket=self._bucket, Key=name, **extra), "UploadId"
             ),
         )
-        upload_id = started["UploadId"]
         try:
             parts = self._send_parts(key, body, size, upload_id)
-            return self._complete(key, upload_id, parts, if_absent)
+            return self._complete(action, key, upload_id, parts, condition)
         except BaseException:
             # Unfinished parts cost money until somebody aborts them; a completed upload no longer
             # exists, so this cannot remove what an unseen success created.
             try:
                 self._call(
-                    "write",
+                    "upload",
                     key,
-                    lambda name: self._client.abort_multipart_upload(
+                    lambda client, name: client.abort_multipart_upload(
                         Bucket=self._bucket, Key=name, UploadId=upload_id
                     ),
                 )
@@ -312,8 +402,8 @@ class S3Store:
         def send(index: int) -> CompletedPartTypeDef:
             start = index * part_size
 
-            def once(name: str) -> CompletedPartTypeDef:
-                answer = self._client.upload_part(
+            def once(client: S3Client, name: str) -> CompletedPartTypeDef:
+                answer = client.upload_part(
                     Bucket=self._bucket,
                     Key=name,
                     UploadId=upload_id,
@@ -321,10 +411,10 @@ class S3Store:
                     Body=_part(body, start, min(part_size, size - start)),
                     **self._read_args,
                 )
-                return {"PartNumber": index + 1, "ETag": answer["ETag"]}
+                return {"PartNumber": index + 1, "ETag": _need(answer, "ETag")}
 
             with self._part_slots:
-                return self._persist(lambda: self._call("write", key, once))
+                return self._persist(lambda: self._call("upload", key, once))
 
         workers = min(self._settings.concurrency, count)
         if workers > 1:
@@ -344,19 +434,25 @@ class S3Store:
         return [send(index) for index in range(count)]
 
     def _complete(
-        self, key: str, upload_id: str, parts: Sequence[CompletedPartTypeDef], if_absent: bool
-    ) -> Mapping[str, Any]:
-        condition: dict[str, Any] = {"IfNoneMatch": "*"} if if_absent else {}
+        self,
+        action: str,
+        key: str,
+        upload_id: str,
+        parts: Sequence[CompletedPartTypeDef],
+        condition: dict[str, Any],
+    ) -> tuple[str, int | None]:
         try:
             return self._call(
-                "write",
+                action,
                 key,
-                lambda name: self._client.complete_multipart_upload(
-                    Bucket=self._bucket,
-                    Key=name,
-                    UploadId=upload_id,
-                    MultipartUpload={"Parts": parts},
-                    **condition,
+                lambda client, name: _stored(
+                    client.complete_multipart_upload(
+                        Bucket=self._bucket,
+                        Key=name,
+                        UploadId=upload_id,
+                        MultipartUpload={"Parts": parts},
+                        **condition,
+                    )
                 ),
             )
         except StoreError as error:
@@ -400,29 +496,69 @@ class S3Store:
 
     def _has_levels(self, form: str) -> bool:
         prefix = f"{form}000"  # levels 0 to 9 in 4 hex digits
+
+        def ask(client: S3Client) -> bool:
+            answer = client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, MaxKeys=1)
+            _need(answer, "IsTruncated")
+            return any(_need(item, "Key").startswith(prefix) for item in answer.get("Contents", ()))
+
         try:
-            answer = self._sent(
-                "list",
-                prefix,
-                lambda: self._client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, MaxKeys=1),
-            )
+            return self._sent("list", prefix, ask)
         except StoreError as error:
             # Some stores call such a prefix invalid: then nothing can be there.
-            if form and not error.retryable and error.code not in ("AccessDenied", "403"):
+            about_prefix = error.code not in _KEY_CODES | {"AccessDenied", "NoSuchBucket"}
+            if form and not error.retryable and about_prefix:
                 return False
             raise
-        return any(item["Key"].startswith(prefix) for item in answer.get("Contents", ()))
 
     # --- requests and errors ----------------------------------------------------------------------
 
-    def _call(self, action: str, key: str, request: Callable[[str], _T]) -> _T:
+    def _call(self, action: str, key: str, request: Callable[[S3Client, str], _T]) -> _T:
         """Send one request for ``key``; anything that goes wrong comes out as a StoreError."""
         name = self._find_root() + key
-        return self._sent(action, key, lambda: request(name))
+        return self._sent(action, key, lambda client: request(client, name))
 
-    def _sent(self, action: str, key: str, request: Callable[[], _T]) -> _T:
+    def _sent(self, action: str, key: str, request: Callable[[S3Client], _T]) -> _T:
+        connection = self._connection
         try:
-            return request()
+            return self._attempt(action, key, connection, request)
+        except StoreError as error:
+            if error.code not in _KEY_CODES:
+                raise
+            renewed = self._renewed(connection)
+            if renewed is None:
+                raise
+        # The refused request had no effect.
+        return self._attempt(action, key, renewed, request)
+
+    def _renewed(self, refused: _Connection) -> _Connection | None:
+        """A connection with other keys than the refused ones, if the SDK's chain has any by now."""
+        if self._settings.access_key_id is not None:
+            return None
+        with self._renewal:
+            if self._connection is not refused:
+                return self._connection
+            now = self._clock.monotonic()
+            if self._renewed_at is not None and now - self._renewed_at < _RENEWAL_PAUSE_S:
+                return None
+            self._renewed_at = now
+            try:
+                fresh = _connect(self._settings)
+                if fresh.keys() == refused.keys():
+                    return None
+            except (ConfigError, boto_errors.BotoCoreError, OSError) as error:
+                _log.warning("credentials-not-renewed bucket=%s error=%s", self._bucket, error)
+                return None
+            # The old client is not closed: other threads may be in the middle of a request.
+            self._connection = fresh
+        _log.info("credentials-renewed bucket=%s", self._bucket)
+        return fresh
+
+    def _attempt(
+        self, action: str, key: str, connection: _Connection, request: Callable[[S3Client], _T]
+    ) -> _T:
+        try:
+            return request(connection.client)
         except StoreError:
             raise
         except boto_errors.ClientError as error:
@@ -432,10 +568,33 @@ class S3Store:
             raise self._refused(action, key, code, details.get("Message", ""), status) from error
         except boto_errors.BotoCoreError as error:
             raise self._failed(action, key, error) from error
-        except OSError as error:
-            raise StoreUnavailable(
-                f"{self._what(action, key)}: {_one_line(error)}", code=type(error).__name__
+        except _UnusableAnswer as error:
+            raise self._unavailable(
+                action, key, f"unusable answer: {error}", "UnusableAnswer"
             ) from error
+        except (OSError, HTTPError) as error:  # bodies are read from urllib3 itself
+            raise self._unavailable(action, key, _one_line(error), type(error).__name__) from error
+
+    def _read_body(self, answer: GetObjectOutputTypeDef) -> bytes:
+        """The content of an object: as much as was announced, and no slower than is bearable."""
+        began = self._clock.monotonic()
+        n_read = 0
+        pieces = []
+        with answer["Body"] as raw:
+            _need_etag(answer)
+            # Whatever has come: read() waits for all that it is asked for, so that a server could
+            # keep it for hours.  Releases of urllib3 before 2.1 have nothing else.
+            read = getattr(raw, "read1", raw.read)
+            while piece := read(_READ_BYTES):
+                pieces.append(piece)
+                n_read += len(piece)
+                bearable_s = self._settings.read_timeout_s + n_read / _SLOWEST_BYTES_PER_S
+                if self._clock.monotonic() - began > bearable_s:
+                    raise _UnusableAnswer(f"only {n_read} bytes came in {bearable_s:.0f} s")
+        announced = answer.get("ContentLength")
+        if announced is not None and n_read != announced:
+            raise _UnusableAnswer(f"{n_read} bytes came of {announced}")
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _what(self, action: str, key: str) -> str:
         return f"cannot {action} {key or '(anything)'} in {self.url}"
@@ -449,20 +608,37 @@ class S3Store:
                 "and `endpoint`",
                 code=code,
             )
-        if code in ("NoSuchKey", "404", "NotFound") and action == "read":
+        if code in _NO_KEY_CODES and action == "read":
             return ObjectNotFound(f"no object {key} in {self.url}", code=code)
         if status == 412 or code == "PreconditionFailed":
-            return PreconditionFailed(f"{key} exists already in {self.url}", code=code)
+            happened = "was replaced by another writer" if action == "replace" else "exists already"
+            return PreconditionFailed(f"{key} {happened} in {self.url}", code=code)
+        if code in _NO_KEY_CODES and action == "replace":
+            return PreconditionFailed(f"{key} is gone from {self.url}", code=code)
         if code in _RETRYABLE_CODES or (status in _RETRYABLE_STATUS and code != "NotImplemented"):
-            return StoreUnavailable(
-                f"{what}: {said}", code=code, ambiguous=code not in _WITHOUT_EFFECT_CODES
-            )
+            without_effect = code in _WITHOUT_EFFECT_CODES or status == 409
+            return self._unavailable(action, key, said, code, without_effect=without_effect)
         advice = _ADVICE.get(code, "")
-        if not advice and status in (401, 403):
+        if code in _EXPIRED_CODES:
+            advice = "the session token has expired: renew the credentials"
+        elif not advice and status in (401, 403):
             advice = "check the credentials, what they may do, and the clock of this machine"
-        if not advice and status in (301, 307):
+        elif not advice and status in (301, 307):
             advice = _ADVICE["PermanentRedirect"]
+        if code in _EXPIRED_CODES and self._settings.access_key_id is not None:
+            advice += (
+                " and start again; or leave them out for a `profile` or a role, whose keys are "
+                "read anew when they expire"
+            )
         return StoreError(f"{what}: {said}" + (f" ({advice})" if advice else ""), code=code)
+
+    def _unavailable(
+        self, action: str, key: str, text: str, code: str, *, without_effect: bool = False
+    ) -> StoreUnavailable:
+        ambiguous = action in _WITH_EFFECT and not without_effect
+        return StoreUnavailable(
+            f"{self._what(action, key)}: {text}", ambiguous=ambiguous, code=code
+        )
 
     def _failed(self, action: str, key: str, error: boto_errors.BotoCoreError) -> StoreError:
         what = self._what(action, key)
@@ -477,7 +653,7 @@ class S3Store:
         if isinstance(
             error, (boto_errors.CredentialRetrievalError, boto_errors.MetadataRetrievalError)
         ):
-            return StoreUnavailable(f"{what}: {text}", code=code, ambiguous=False)
+            return self._unavailable(action, key, text, code, without_effect=True)
         if isinstance(error, boto_errors.SSLError) and "certificate" in text.lower():
             return StoreError(
                 f"{what}: {text} (trust the certificate with AWS_CA_BUNDLE, or check `endpoint`)",
@@ -487,7 +663,7 @@ class S3Store:
             error, (boto_errors.EndpointConnectionError, boto_errors.ConnectTimeoutError)
         ):
             # Nothing was sent.
-            return StoreUnavailable(f"{what}: {text}", code=code, ambiguous=False)
+            return self._unavailable(action, key, text, code, without_effect=True)
         if isinstance(
             error,
             (
@@ -496,18 +672,11 @@ class S3Store:
                 boto_errors.IncompleteReadError,
             ),
         ) or code in ("ResponseParserError", "ResponseStreamingError"):
-            return StoreUnavailable(f"{what}: {text}", code=code)
+            return self._unavailable(action, key, text, code)
         return StoreError(f"{what}: {text}", code=code)
 
-    def _answered_ms(self, answer: Mapping[str, Any]) -> int:
-        try:
-            date = answer["ResponseMetadata"]["HTTPHeaders"]["date"]
-            return _epoch_ms(parsedate_to_datetime(date))
-        except (KeyError, ValueError, TypeError):
-            return self._clock.now_ms()
 
-
-def _make_client(settings: S3Settings) -> S3Client:
+def _connect(settings: S3Settings) -> _Connection:
     verify: bool | str | None = None
     if settings.skip_verify:
         verify = False
@@ -562,7 +731,8 @@ def _make_client(settings: S3Settings) -> S3Client:
         events.register("before-sign.s3", _add_tigris_header)
     if settings.require_content_md5:
         events.register("before-call.s3.DeleteObjects", _add_content_md5)
-    return client
+    static = settings.access_key_id is not None
+    return _Connection(client, None if static else session.get_credentials())
 
 
 def _drop_expect(params: dict[str, Any], **_: object) -> None:
@@ -599,9 +769,50 @@ def _epoch_ms(moment: datetime) -> int:
     return round(moment.timestamp() * 1000)
 
 
+def _date_ms(answer: Mapping[str, Any]) -> int | None:
+    """The server's clock when it answered, or None if it does not say."""
+    try:
+        date = answer["ResponseMetadata"]["HTTPHeaders"]["date"]
+        return _epoch_ms(parsedate_to_datetime(date))
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+def _need(answer: Mapping[str, Any], name: str) -> Any:
+    """What every S3 answer of this kind has."""
+    value = answer.get(name)
+    if value is None:
+        raise _UnusableAnswer(f"it has no {name}")
+    return value
+
+
 def _etag(answer: Mapping[str, Any]) -> str | None:
     etag = answer.get("ETag")
     return etag.strip('"') if isinstance(etag, str) else None
+
+
+def _need_etag(answer: Mapping[str, Any]) -> str:
+    _need(answer, "ETag")
+    return _etag(answer) or ""
+
+
+def _stored(answer: Mapping[str, Any]) -> tuple[str, int | None]:
+    """Tag of what was stored, which proves that an object store answered; and the server's time."""
+    return _need_etag(answer), _date_ms(answer)
+
+
+_CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+
+
+def _check_range(told: str, start: int, length: int | None, n_read: int) -> None:
+    """Raise unless ``n_read`` bytes are what was asked for, as far as the header tells."""
+    match = _CONTENT_RANGE.fullmatch(told)
+    if match is None:
+        return
+    first, last, size = (int(number) for number in match.groups())
+    end = size if length is None else min(size, start + length)
+    if (first, last + 1, n_read) != (start, end, end - start):
+        raise _UnusableAnswer(f"{n_read} bytes ({told}) instead of {start}-{end - 1}")
 
 
 def _body_size(body: Body) -> int:

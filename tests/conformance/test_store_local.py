@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -254,6 +256,177 @@ def test_deleting_goes_on_after_an_error(
     with pytest.raises(StoreError, match=r"cannot delete .*/b"):
         store.delete(["a", "b", "c"])
     assert [info.key for info in store.list("")] == ["b"]
+
+
+def test_each_write_has_its_own_tag(store: LocalStore) -> None:
+    """Tags differ although content, key and, as far as milliseconds go, time are the same; a tag
+    stays as long as its object does."""
+    tags = []
+    for n in range(200):
+        if n % 2:
+            store.delete(["a"])
+        info = store.put("a", b"same", if_absent=bool(n % 2))
+        tags.append(info.etag)
+        assert store.head("a").etag == info.etag
+        assert [listed.etag for listed in store.list("")] == [info.etag]
+        assert store.read("a", unless_etag=info.etag) is None
+    assert len(set(tags)) == len(tags)
+
+
+def test_tags_when_file_numbers_come_again(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that gets an old file's number and time is another version all the same."""
+    real_fstat, real_utime = os.fstat, os.utime
+    given = 0
+
+    def utime(fd: int, *, ns: tuple[int, int]) -> None:
+        nonlocal given
+        given = ns[1]
+        real_utime(fd, ns=ns)
+
+    def fstat(fd: int) -> os.stat_result:
+        status = list(real_fstat(fd))
+        status[stat.ST_INO] = 7
+        return os.stat_result(status, {"st_mtime_ns": given or 1_736_000_000_000_000_000})
+
+    monkeypatch.setattr(os, "utime", utime)
+    monkeypatch.setattr(os, "fstat", fstat)
+    tags = set()
+    for _ in range(20):
+        given = 0
+        tags.add(store.put("a", b"same").etag)
+    assert len(tags) == 20
+
+
+def test_a_put_tells_its_own_tag(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tag is that of what was put, also when another writer is faster than the answer."""
+    real = local.fsync_directory
+
+    def overtaken(directory: Path) -> None:
+        monkeypatch.setattr(local, "fsync_directory", real)
+        store.put("a", b"theirs")
+
+    store.put("a", b"old")
+    monkeypatch.setattr(local, "fsync_directory", overtaken)
+    mine = store.put("a", b"mine").etag
+    assert store.get("a") == b"theirs"
+    with pytest.raises(PreconditionFailed):
+        store.put("a", b"again", if_match=mine)
+
+
+def test_a_swap_that_is_overtaken(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tag is compared again when the new content is on disk, and nothing remains of it."""
+    tag = store.put("a", b"old").etag
+    real = local._write_body
+
+    def overtaken(fd: int, body: bytes) -> None:
+        real(fd, body)
+        monkeypatch.setattr(local, "_write_body", real)
+        store.put("a", b"theirs", if_match=tag)
+
+    monkeypatch.setattr(local, "_write_body", overtaken)
+    with pytest.raises(PreconditionFailed, match="another writer"):
+        store.put("a", b"mine", if_match=tag)
+    assert store.get("a") == b"theirs"
+    assert [info.key for info in store.list("")] == ["a"]
+
+
+def test_a_lost_swap_leaves_no_trace(store: LocalStore, tmp_path: Path) -> None:
+    """A compare-and-swap of nothing does not even make the directory."""
+    with pytest.raises(PreconditionFailed):
+        store.put("a", b"x", if_match="some-tag")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_file_stays(tmp_path: Path) -> None:
+    """The file that swaps lock is no object, and is not taken for a leftover later."""
+    store = LocalStore(tmp_path, FakeClock())
+    store.put("a", b"2", if_match=store.put("a", b"1").etag)
+    lock = tmp_path / ".walship-lock.tmp"
+    number = lock.stat().st_ino
+    assert [info.key for info in store.list("")] == ["a"]
+    later = FakeClock(int(lock.stat().st_ctime * 1000) + 25 * 3600_000)
+    LocalStore(tmp_path, later).put("b", b"")
+    assert lock.stat().st_ino == number
+
+
+def test_age_by_the_clock_of_the_file_system(store: LocalStore, tmp_path: Path) -> None:
+    """The age of a version does not depend on this host's clock, except where nothing may be
+    written; and asking leaves nothing behind."""
+    store.put("a", b"x")
+    version = store.read("a")
+    assert version is not None
+    assert 0 <= version.now_ms - version.modified_ms < 3600_000  # the fake clock is years behind
+    assert files(tmp_path) == ["deep/root/a"]
+
+
+def test_age_where_nothing_may_be_written(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading needs no right to write: then the host's clock has to do."""
+    store.put("a", b"x")
+    real = os.open
+
+    def refuse(path: Path, flags: int, *mode: int) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return real(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refuse)
+    version = store.read("a")
+    assert version is not None
+    assert version.now_ms == FakeClock().now_ms()
+
+
+_COUNT = """
+import pathlib, sys
+from walship.replica.clock import SystemClock
+from walship.replica.errors import PreconditionFailed
+from walship.replica.store.local import LocalStore
+
+store = LocalStore(pathlib.Path(sys.argv[1]), SystemClock())
+for _ in range(int(sys.argv[2])):
+    while True:
+        version = store.read("counter")
+        try:
+            store.put("counter", b"%d" % (int(version.body) + 1), if_match=version.etag)
+        except PreconditionFailed:
+            continue
+        break
+"""
+
+
+def test_swaps_of_several_processes(tmp_path: Path) -> None:
+    """Processes that count with compare-and-swap lose no step."""
+    store = LocalStore(tmp_path, FakeClock())
+    store.put("counter", b"0")
+    command = [sys.executable, "-c", _COUNT, str(tmp_path), "60"]
+    running = [subprocess.Popen(command) for _ in range(4)]
+    try:
+        assert [process.wait(60) for process in running] == [0] * 4
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    assert store.get("counter") == b"240"
+
+
+_FORK = """
+import os, sys
+from walship.replica.store import local
+
+with local._swap_mutex:
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if local._swap_mutex.acquire(timeout=10) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_swap_after_a_fork() -> None:
+    """A child of a process that was in the middle of a swap does not wait for it for ever."""
+    assert subprocess.run([sys.executable, "-c", _FORK], timeout=60, check=False).returncode == 0
 
 
 def test_pieces(tmp_path: Path) -> None:

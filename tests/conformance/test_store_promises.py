@@ -18,7 +18,13 @@ from support.servers import S3Endpoint
 from walship.replica.clock import SystemClock
 from walship.replica.config import parse_replica
 from walship.replica.errors import ObjectNotFound, PreconditionFailed, StoreError, StoreUnavailable
-from walship.replica.store.base import ObjectStore, list_segments, segment_key
+from walship.replica.store.base import (
+    ObjectInfo,
+    ObjectStore,
+    Version,
+    list_segments,
+    segment_key,
+)
 from walship.replica.store.opening import open_store
 from walship.replica.store.retrying import RetryingStore
 from walship.replica.store.timestamps import TIMESTAMP_METADATA, parse_timestamp
@@ -57,7 +63,11 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStor
         # The inner store fails now and then, so that the wrapper has something to do; creations
         # are left alone, because their outcome would be ambiguous.
         faulty = FaultyStore(
-            opened, seed=7, before=0.1, after=0.1, operations=("get", "head", "list", "delete")
+            opened,
+            seed=7,
+            before=0.1,
+            after=0.1,
+            operations=("get", "read", "head", "list", "delete"),
         )
         opened = RetryingStore(faulty, FakeClock(), attempts=50, deadline_s=None)
     yield opened
@@ -146,6 +156,125 @@ def test_create_only_race_has_one_winner(store: ObjectStore) -> None:
             winners = [n for n in pool.map(create, range(8)) if n is not None]
         assert len(winners) == 1
         assert store.get(f"0000/race-{race}") == b"writer %d" % winners[0]
+
+
+def etag_of(info: ObjectInfo) -> str:
+    assert info.etag
+    return info.etag
+
+
+def read(store: ObjectStore, key: str) -> Version:
+    version = store.read(key)
+    assert version is not None
+    return version
+
+
+def test_read(store: ObjectStore) -> None:
+    """read returns a small object whole, with the tag that put and head show, and its age."""
+    before = etag_of(store.put("0000/x", b"content"))
+    version = read(store, "0000/x")
+    assert version.body == b"content"
+    assert version.etag == before == store.head("0000/x").etag
+    assert version.modified_ms == store.head("0000/x").modified_ms
+    # Seconds are all that S3 tells.
+    assert -1000 <= version.now_ms - version.modified_ms <= 3600_000
+
+
+def test_read_of_an_empty_object(store: ObjectStore) -> None:
+    """An object may be empty here too."""
+    store.put("0000/x", b"")
+    assert read(store, "0000/x").body == b""
+
+
+def test_read_unless_unchanged(store: ObjectStore) -> None:
+    """With the tag of the newest version there is nothing to read; with an older one there is."""
+    first = etag_of(store.put("0000/x", b"1"))
+    assert store.read("0000/x", unless_etag=first) is None
+    second = etag_of(store.put("0000/x", b"2"))
+    changed = store.read("0000/x", unless_etag=first)
+    assert changed is not None
+    assert (changed.body, changed.etag) == (b"2", second)
+    assert store.read("0000/x", unless_etag=second) is None
+    store.delete(["0000/x"])
+    for tag in (None, second):
+        with pytest.raises(ObjectNotFound) as caught:
+            store.read("0000/x", unless_etag=tag)
+        assert not caught.value.retryable
+
+
+def test_compare_and_swap(store: ObjectStore) -> None:
+    """if_match replaces the version that it names, once, and gives the tag of the next."""
+    tag = etag_of(store.put("0000/x", b"0", if_absent=True))
+    for n in range(1, 4):
+        stale, tag = tag, etag_of(store.put("0000/x", b"%d" % n, if_match=tag))
+        assert store.get("0000/x") == b"%d" % n
+        with pytest.raises(PreconditionFailed) as caught:
+            store.put("0000/x", b"late", if_match=stale)
+        assert not caught.value.retryable
+        assert not caught.value.ambiguous
+    version = read(store, "0000/x")
+    assert (version.body, version.etag) == (b"3", tag)
+
+
+@pytest.mark.parametrize("size", [5 * MIB, 5 * MIB + 1])
+def test_compare_and_swap_of_large_objects(store: ObjectStore, size: int) -> None:
+    """The condition holds for uploads in parts too."""
+    first = etag_of(store.put("0009/x", b"1"))
+    second = etag_of(store.put("0009/x", bytes(size), if_match=first))
+    with pytest.raises(PreconditionFailed):
+        store.put("0009/x", bytes(size + 1), if_match=first)
+    assert store.head("0009/x").size_bytes == size
+    store.put("0009/x", b"3", if_match=second)
+    assert store.get("0009/x") == b"3"
+
+
+def test_compare_and_swap_of_a_missing_object(store: ObjectStore) -> None:
+    """What is gone, or never was, is not replaced."""
+    tag = etag_of(store.put("0000/x", b"1"))
+    store.delete(["0000/x"])
+    for key in ("0000/x", "never/x"):
+        with pytest.raises(PreconditionFailed) as caught:
+            store.put(key, b"2", if_match=tag)
+        assert not caught.value.retryable
+    assert keys(store) == []
+
+
+def test_one_condition_at_most(store: ObjectStore) -> None:
+    """Create-only and compare-and-swap exclude each other."""
+    tag = etag_of(store.put("0000/x", b"1"))
+    with pytest.raises(ValueError, match="if_match"):
+        store.put("0000/x", b"2", if_absent=True, if_match=tag)
+    assert store.get("0000/x") == b"1"
+
+
+@pytest.mark.timeout(300)
+def test_compare_and_swap_race_has_one_winner(store: ObjectStore) -> None:
+    """Of many writers that replace one version exactly one succeeds, in each of many rounds."""
+    tag = etag_of(store.put("0000/x", b"start", if_absent=True))
+    threads = 16
+    barrier = threading.Barrier(threads)
+
+    def swap(n: int, round_: int, tag: str) -> tuple[int, str] | None:
+        barrier.wait(60)
+        while True:
+            try:
+                info = store.put("0000/x", b"%d by %d" % (round_, n), if_match=tag)
+            except PreconditionFailed as error:
+                assert not error.ambiguous
+                return None
+            except StoreUnavailable as error:  # a conflict: the server asks to try again
+                assert not error.ambiguous
+                continue
+            return n, etag_of(info)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for round_ in range(8):
+            done = list(pool.map(swap, range(threads), [round_] * threads, [tag] * threads))
+            winners = [winner for winner in done if winner is not None]
+            assert len(winners) == 1
+            winner, tag = winners[0]
+            version = read(store, "0000/x")
+            assert (version.body, version.etag) == (b"%d by %d" % (round_, winner), tag)
 
 
 def test_missing_key(store: ObjectStore) -> None:

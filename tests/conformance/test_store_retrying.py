@@ -107,6 +107,32 @@ def test_an_own_object_after_a_lost_answer_is_ambiguous(tmp_path: Path) -> None:
     assert setup.inner.get("a") == b"mine"
 
 
+def test_a_swap_after_a_lost_answer_is_ambiguous(tmp_path: Path) -> None:
+    """A compare-and-swap that found its version replaced after an attempt without answer may have
+    replaced it itself; one that was answered did not."""
+    setup = Setup(tmp_path, ["after"])
+    tag = setup.inner.put("a", b"old").etag
+    with pytest.raises(PreconditionFailed) as caught:
+        setup.store.put("a", b"mine", if_match=tag)
+    assert caught.value.ambiguous
+    assert not caught.value.retryable
+    assert setup.inner.get("a") == b"mine"
+    with pytest.raises(PreconditionFailed) as caught:
+        setup.store.put("a", b"late", if_match=tag)
+    assert not caught.value.ambiguous
+
+
+def test_reads_are_repeated(tmp_path: Path) -> None:
+    """A read is tried again, with its tag, and gives what the store gives."""
+    setup = Setup(tmp_path, ["before", "after", "ok", "before", "ok"])
+    tag = setup.inner.put("a", b"x").etag
+    version = setup.store.read("a")
+    assert version is not None
+    assert (version.body, version.etag) == (b"x", tag)
+    assert setup.store.read("a", unless_etag=tag) is None
+    assert setup.faulty.calls["read"] == 5
+
+
 def test_a_conflict_after_a_clear_failure_is_not_ambiguous(tmp_path: Path) -> None:
     """If the failed attempt certainly had no effect, the object is somebody else's."""
     setup = Setup(tmp_path, [])

@@ -264,7 +264,7 @@ def test_reads_always_have_a_range(endpoint: RecordingEndpoint) -> None:
 def test_a_server_without_ranges(endpoint: RecordingEndpoint) -> None:
     """Where a server sends everything all the same, the range is cut out of it."""
     with opened(f"s3://b/p?endpoint={endpoint.url}") as store:
-        endpoint.answer = lambda request: Answer(200, b"0123456789")
+        endpoint.answer = lambda request: Answer(200, b"0123456789", {"ETag": '"1"'})
         assert store.get("0000/a", 3, 4) == b"3456"
         assert store.get("0000/a", 8) == b"89"
         assert store.get("0000/a") == b"0123456789"
@@ -546,6 +546,20 @@ def test_a_bare_bucket_is_not_guessed(endpoint: RecordingEndpoint) -> None:
         assert store.get("0000/a") == b"1"
 
 
+@pytest.mark.parametrize("code", ["AccessDenied", "ExpiredToken", "NoSuchBucket"])
+def test_a_bare_bucket_is_not_guessed_later(endpoint: RecordingEndpoint, code: str) -> None:
+    """What is refused for a reason other than its form may be there: nothing is decided."""
+    endpoint.objects["b//0000/a"] = (b"1", {})
+    endpoint.answer = lambda request: (
+        error_answer(403, code) if request.query.get("prefix") == "/000" else None
+    )
+    with opened(f"s3://b?endpoint={endpoint.url}") as store:
+        with pytest.raises(StoreError, match=code if code != "NoSuchBucket" else "does not exist"):
+            store.get("0000/a")
+        endpoint.answer = None
+        assert store.get("0000/a") == b"1"
+
+
 def test_a_bare_bucket_that_is_missing(endpoint: RecordingEndpoint) -> None:
     """A refusal of the plain form is an error, not an empty replica."""
     endpoint.answer = lambda request: error_answer(404, "NoSuchBucket")
@@ -603,7 +617,7 @@ def test_connections_are_kept_and_limited(endpoint: RecordingEndpoint) -> None:
             store.put("0000/a", b"x")
         assert endpoint.connections == 1
         assert isinstance(store, s3.S3Store)
-        config: Any = store._client.meta.config
+        config: Any = store._connection.client.meta.config
         assert config.max_pool_connections == 3
         assert config.connect_timeout == 5.0
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from walship.replica.errors import StoreError, StoreUnavailable
-from walship.replica.store.base import Body, ObjectInfo, ObjectStore
+from walship.replica.store.base import Body, ObjectInfo, ObjectStore, Version
 
 Fault = str  # "ok", "before" or "after"
 
@@ -41,7 +41,7 @@ class FaultyStore:
         before: float = 0.0,
         after: float = 0.0,
         script: Iterable[Fault] = (),
-        operations: Sequence[str] = ("put", "get", "head", "list", "delete"),
+        operations: Sequence[str] = ("put", "get", "read", "head", "list", "delete"),
         error: Callable[[str], StoreError] | None = None,
     ) -> None:
         self._store = store
@@ -83,10 +83,16 @@ class FaultyStore:
         timestamp_ms: int | None = None,
         metadata: Mapping[str, str] | None = None,
         if_absent: bool = False,
+        if_match: str | None = None,
     ) -> ObjectInfo:
         fault = self._enter("put")
         info = self._store.put(
-            key, body, timestamp_ms=timestamp_ms, metadata=metadata, if_absent=if_absent
+            key,
+            body,
+            timestamp_ms=timestamp_ms,
+            metadata=metadata,
+            if_absent=if_absent,
+            if_match=if_match,
         )
         self._leave("put", fault)
         return info
@@ -96,6 +102,12 @@ class FaultyStore:
         content = self._store.get(key, start, length)
         self._leave("get", fault)
         return content
+
+    def read(self, key: str, *, unless_etag: str | None = None) -> Version | None:
+        fault = self._enter("read")
+        version = self._store.read(key, unless_etag=unless_etag)
+        self._leave("read", fault)
+        return version
 
     def head(self, key: str) -> ObjectInfo:
         fault = self._enter("head")

@@ -1,8 +1,8 @@
 """An S3 endpoint that writes down what it is sent and answers from memory.
 
 Just enough of the protocol for one client at a time: objects, ranges, listings, batch deletes,
-multipart uploads, If-None-Match.  It checks no signature.  Answers can be replaced per request, to
-play a server that misbehaves.
+multipart uploads, If-Match, If-None-Match.  It checks no signature.  Answers can be replaced per
+request, to play a server that misbehaves.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import http.server
 import re
 import socket
 import ssl
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -52,12 +53,17 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What to say: status, body, headers; or ``drop`` the connection without a word."""
+    """What to say: status, body, headers; or ``drop`` the connection without a word.
+
+    Attributes:
+        speak: says everything itself, on the connection, which ends when it returns.
+    """
 
     status: int = 200
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
     drop: bool = False
+    speak: Callable[[socket.socket], None] | None = None
 
 
 def error_answer(status: int, code: str, message: str = "on purpose") -> Answer:
@@ -112,6 +118,11 @@ class RecordingEndpoint:
                     answer = endpoint.answer(request) if endpoint.answer else None
                     if answer is None:
                         answer = endpoint._usual(request)
+                if answer.speak is not None:
+                    self.close_connection = True
+                    with contextlib.suppress(OSError):  # the client went away
+                        answer.speak(self.connection)
+                    return
                 if answer.drop:
                     self.close_connection = True
                     with contextlib.suppress(OSError):
@@ -174,10 +185,17 @@ class RecordingEndpoint:
         headers = {"ETag": _etag(content), "Last-Modified": _MODIFIED, **headers}
         if request.method == "HEAD":
             return Answer(200, content, headers)
+        if request.headers.get("if-none-match") == headers["ETag"]:
+            return Answer(304, b"", headers)
         return _ranged(content, headers, request.headers.get("range"))
 
     def _put(self, request: Request, path: str, content: bytes) -> Answer:
         if request.headers.get("if-none-match") == "*" and path in self.objects:
+            return error_answer(412, "PreconditionFailed")
+        expected = request.headers.get("if-match")
+        if expected is not None and path not in self.objects:
+            return error_answer(404, "NoSuchKey")
+        if expected is not None and expected != _etag(self.objects[path][0]):
             return error_answer(412, "PreconditionFailed")
         kept = {
             name: value for name, value in request.headers.items() if name.startswith("x-amz-meta-")
@@ -218,6 +236,12 @@ class RecordingEndpoint:
         if more:
             body += f"<NextContinuationToken>{shown[-1].partition('/')[2]}</NextContinuationToken>"
         return Answer(body=f"<ListBucketResult>{body}</ListBucketResult>".encode())
+
+
+def reset(connection: socket.socket) -> None:
+    """End a connection with RST, as a host does that lost its state."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    socket.close(connection.detach())
 
 
 @contextlib.contextmanager
