@@ -25,7 +25,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 from .clock import Clock
 from .format.ltx import NO_SALTS, Encoder, Header, PageEncoding
@@ -105,7 +105,7 @@ class Capture:
         self._note_wal = WalReader(path + "-wal", self._files)
         # Salts and mxFrame when the latest checkpoint began: the end of the WAL at a restart.
         self._known_end: tuple[WalSalts, int] | None = None
-        # The generation whose gate could not seal, and so did not let SQLite through.
+        # The generation whose gate could not seal in this process, so that SQLite did not pass.
         self._refused: WalSalts | None = None
         #: Whether page 1 says WAL mode, as the VFS saw it last; before that nothing may be read,
         #: for a reader would be in the way of switching to it.
@@ -248,6 +248,49 @@ class Capture:
         """Record a new lineage and its TXID; what was frozen for another history is dropped."""
         with self.mutex:
             self._spool.record(state, drop_segments=True)
+
+    def amend(self, *, durable: bool = False, **changes: Any) -> None:
+        """Record other values of some scalar fields of the state."""
+        with self.mutex:
+            self._spool.record(replace(self.state, **changes), durable=durable)
+
+    def refresh(self, *, wait: bool = True) -> State:
+        """The state, with what other processes have recorded until now.
+
+        Args:
+            wait: False leaves it as it is known here while somebody else is sealing.
+        """
+        if self.mutex.acquire(blocking=wait):
+            self.mutex.release()
+        return self.state
+
+    def drain_refused(self) -> None:
+        """Seal what a gate of this process could not.
+
+        Raises:
+            SpoolError: it still cannot be.
+        """
+        if self._refused is not None:
+            self.drain()
+
+    def outgrows_database(self) -> bool:
+        """Whether the pieces are larger together than the main file: merged they cannot be."""
+        pieces = self.state.pieces
+        if len(pieces) < 2:
+            return False
+        fingerprint = self._fingerprint()
+        size = fingerprint.size if fingerprint is not None else 0
+        return sum(piece.size_bytes for piece in pieces) > size
+
+    def waiting_bytes(self) -> int:
+        """Bytes of sealed changes and of WAL frames that are not in the replica; about."""
+        state = self.state
+        unsealed = 0
+        published = self._port.published()
+        if published is not None and state.position is not None:
+            frames = max(0, published.mx_frame - state.position.frame)
+            unsealed = frames * (FRAME_HEADER_SIZE + state.page_size)
+        return state.pending_bytes + unsealed
 
     def require_full_copy(self, reason: str) -> None:
         """Give up continuity: the next segment will hold every page.  Says so in the log."""
@@ -453,15 +496,18 @@ class Capture:
                 return None
         return self._freeze_pieces()
 
-    def merge_pieces(self) -> None:
+    def merge_pieces(self, *, everything: bool = False) -> None:
         """Merge the newest pieces while they may not be sent: the last version of a page counts.
 
         Pieces are merged with those before them once they are at least half as large together, so
         that every byte is merged a logarithmic number of times.  The mutex is free meanwhile.
+
+        Args:
+            everything: merge all of them, however large.
         """
         with self.mutex:
             state = self.state
-            start, newer = len(state.pieces), 0
+            start, newer = 0 if everything else len(state.pieces), 0
             while start and state.pieces[start - 1].size_bytes <= 2 * newer + INLINE_BYTES:
                 start -= 1
                 newer += state.pieces[start].size_bytes
@@ -630,11 +676,13 @@ class Capture:
         published = self._port.published()
         if published is None:
             return None
-        if published.mx_frame == 0 and self._refused == header.salts:
-            # SQLite had reset the wal-index when a gate was refused (the spool was full): all is in
-            # the main file, and the next writer has to come through the gate first.
+        if published.mx_frame == 0 and (position.frame or self._refused == header.salts):
+            # SQLite has reset the wal-index, and the gate was refused or is not reached yet: all is
+            # in the main file, and who writes next has to take this mutex first.
             batch = self._rest_of_wal(position, header, self._port.read_main)
-            return None if batch is None else (batch, header.page_size)
+            if batch is None or self._wal.header() != header:
+                return None
+            return batch, header.page_size
         if published.mx_frame <= position.frame:
             return None
         last = published.mx_frame

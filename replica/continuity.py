@@ -32,9 +32,9 @@ from .errors import ContinuityError, FormatError, RestoreError
 from .format.ltx import decode
 from .format.types import LEVEL_MAX, format_segment_name, format_txid
 from .restore import restore, unacknowledged
+from .sender import has_sha256, same_bytes
 from .spool import State, new_lineage
 from .store.base import ObjectStore, SegmentInfo, list_segments
-from .uploader import has_sha256, same_bytes
 
 __all__ = ["reconcile", "replica_head"]
 

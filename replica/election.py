@@ -82,6 +82,10 @@ class Locks:
         """Be present, beside others."""
         self._files.lock(self._fd, _PRESENCE, shared=True)
 
+    def be_absent(self) -> None:
+        """Count as one that does not have the database open."""
+        self._files.unlock(self._fd, _PRESENCE)
+
     def lead(self) -> bool:
         """Become the process that uploads, if there is none; True if this one is it."""
         if not self.leads:

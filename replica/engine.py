@@ -6,11 +6,12 @@ application sees it as what `walship.replication(db)` returns.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -19,9 +20,13 @@ from .clock import Clock, SystemClock
 from .continuity import reconcile, replica_head
 from .election import InUseError
 from .errors import ClosedError, ConfigError, ContinuityError, NoBackupError, ReplicaError
+from .fence import Fence, owner_name
 from .format.ltx import PageEncoding
 from .format.types import format_txid
+from .peers import Message, Peers, Pipe
+from .process import is_gone, this_process
 from .restore import RestoreResult, restore
+from .sender import RequestThreads, Sender
 from .settings import DatabaseSettings
 from .spool import Fingerprint, Spool, State, new_lineage
 from .sqlite import (
@@ -37,7 +42,7 @@ from .store.local import sync_data
 from .store.opening import open_store
 from .store.retrying import RetryingStore
 from .store.settings import LocalSettings
-from .uploader import MAX_IN_FLIGHT, Uploader
+from .uploader import MAX_IN_FLIGHT, Uploader, error_of
 
 __all__ = ["Engine", "Status", "restore_if_missing"]
 
@@ -46,6 +51,8 @@ log = logging.getLogger("walship")
 #: How long the last close waits for a copy of the database to end.  A longer one keeps SQLite from
 #: removing the WAL, which then simply stays.
 _VIEW_WAIT_S: Final = 5.0
+#: How long `status` waits for the word of the process that uploads; it is on the same machine.
+_ASK_S: Final = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +72,10 @@ class Status:
         upload_bytes: their bytes.
         last_upload_ms: when the last one arrived, ms since the epoch, or None.
         last_error: the present trouble in one line, or None.
+        uploader: whether it is this process that uploads; another one may, on the same database.
+        fence: "held" (this database is the replica's writer), "idle" (its lease may have run out;
+            the next commit renews it), "lost" (another writer has it) or "none" (switched off, or
+            the store cannot).
     """
 
     path: str
@@ -79,6 +90,8 @@ class Status:
     upload_bytes: int
     last_upload_ms: int | None
     last_error: str | None
+    uploader: bool
+    fence: str
 
     @property
     def ok(self) -> bool:
@@ -117,19 +130,43 @@ class Engine:
             encoding=PageEncoding(settings.page_encoding),
             max_sync_wal_bytes=settings.max_sync_wal_bytes,
         )
+        local = isinstance(settings.replica.store, LocalSettings)
+        in_flight = 1 if local else MAX_IN_FLIGHT
+        self.fence = Fence(
+            store,
+            clock,
+            _Memory(self.capture, store.url),
+            policy=settings.fence,
+            lease_s=settings.fence_lease_s,
+            wait_s=settings.fence_wait_s,
+            owner=owner_name(self.path),
+            process=this_process(),
+            is_gone=is_gone,
+            ended=lambda: self.uploader.is_stopping(),
+        )
+        pipe = Pipe(spool.files, spool.directory)
+        self._peers = Peers(spool.files, spool.directory, pipe, self._handle)
         self.uploader = Uploader(
             self.name,
             self.capture,
-            store,
             clock,
+            locks=spool.locks,
+            peers=self._peers,
+            sender=Sender(self.name, self.capture, store, self.fence, clock),
+            # One more, so that a renewal of the lease need not wait for a segment.
+            requests=RequestThreads(self.name, in_flight + 1),
+            fence=self.fence,
             reconcile=self._reconcile,
+            is_reconciled=self._is_reconciled,
             sync_interval_s=settings.replica.sync_interval_s,
-            max_in_flight=1 if isinstance(settings.replica.store, LocalSettings) else MAX_IN_FLIGHT,
+            max_in_flight=in_flight,
             give_up=self._refuse,
+            refused=self._recorded_refusal,
             watch=self._watch_locks,
         )
         self._closed = False
         self._adopt = settings.adopt
+        self._last = True
         self._has_waited = False
         #: Raised at every commit frame while it is set.
         self.refusal: RefusedError | FencedError | None = None
@@ -141,7 +178,7 @@ class Engine:
         Must run before this process opens the database.
 
         Raises:
-            RefusedError: another process has it, or SQLite is too old.
+            RefusedError: another process ships it elsewhere, or SQLite is too old.
             ReplicaError: the settings, the spool or the files cannot be used.
         """
         require_sqlite()
@@ -154,32 +191,72 @@ class Engine:
         except InUseError as error:
             raise RefusedError(f"{settings.path}: {error}") from error
         try:
-            if not spool.alone:
-                raise RefusedError(
-                    f"{settings.path}: another process already replicates this database; several "
-                    "processes on one database are not supported yet"
-                )
             store = open_store(settings.replica.store, clock)
             engine = cls(settings, store, spool, clock)
-            try:
-                engine.capture.prove()
-            except TailLost as lost:
-                engine._roll_forward(lost)
+            if spool.alone:
+                engine._begin_alone()
+            elif spool.state.replica not in ("", store.url):
+                raise RefusedError(
+                    f"{settings.path}: another process ships this database to "
+                    f"{spool.state.replica}; one database has one replica"
+                )
             spool.admit()
+            engine._peers.start()
             engine.uploader.start()
         except BaseException:
             spool.close()
             raise
         return engine
 
+    def _begin_alone(self) -> None:
+        """No other process has the database open: judge the files as they were left."""
+        if self._spool.state.refusal:
+            self.capture.amend(refusal=())
+        try:
+            self.capture.prove()
+        except TailLost as lost:
+            self._roll_forward(lost)
+
     def _reconcile(self) -> None:
-        reconcile(self.capture, self._retrying(attempts=2), self._clock, adopt=self._adopt)
+        self.fence.acquire()
+        state = self.capture.state
+        adopt = self._adopt or state.adopt
+        reconcile(self.capture, self._retrying(attempts=2), self._clock, adopt=adopt)
+        if state.adopt:
+            self.capture.amend(adopt=False)
         log.info(
             "%s -> %s, at txid %s",
             self.name,
             self._store.url,
             format_txid(self.capture.state.txid),
         )
+
+    def _is_reconciled(self) -> bool:
+        """Whether the process that uploads has found record and replica to agree."""
+        state = self.capture.state
+        return bool(state.lineage) and state.replica == self._store.url
+
+    def _recorded_refusal(self) -> ReplicaError | None:
+        refusal = self.capture.refresh(wait=False).refusal
+        return error_of(*refusal) if len(refusal) == 2 else None
+
+    def _handle(self, message: Message) -> None:
+        """What another process has to say; in the thread that listens."""
+        op, sender, number = message.get("op"), message.get("from"), message.get("id")
+        if op is None:
+            self.uploader.answered(message)
+            return
+        if op == "status" and isinstance(sender, str):
+            self._peers.answer(sender, {"id": number, "status": asdict(self._own_status())})
+            return
+        # Who rings has the database in WAL mode, whatever was seen of it in this process.
+        self.note_wal_mode(True)
+        if op == "bell":
+            self.uploader.ring()
+        elif op == "sync" and isinstance(sender, str):
+            self.uploader.request_sync().add_done_callback(
+                lambda future: self._peers.answer(sender, _answer(number, future))
+            )
 
     def _watch_locks(self) -> None:
         if self._port.has_lost_locks():
@@ -188,8 +265,14 @@ class Engine:
                 "module?) opened and closed the file in this process; stop that, then restart"
             )
 
-    def _refuse(self, error: ReplicaError) -> None:
+    def _refuse(self, error: ReplicaError, everywhere: bool) -> None:
         """Let no commit pass any more: it could never be shipped."""
+        if everywhere:
+            with contextlib.suppress(ReplicaError):  # the others find out by themselves
+                self.capture.amend(refusal=(type(error).__name__, str(error)))
+        if isinstance(error, FencedError) and self.settings.on_fenced == "local":
+            log.warning("%s: commits go on here, and are not shipped any more", self.name)
+            return
         if not isinstance(error, RefusedError | FencedError):
             error = RefusedError(f"{self.name} takes no more commits: {error}")
         self.refusal = error
@@ -211,8 +294,10 @@ class Engine:
                 f"({state.replica or 'none'}): restore it from there",
                 local_txid=state.txid,
             )
+        self.fence.acquire()
+        sender = Sender(self.name, self.capture, self._store, self.fence, self._clock)
         for sealed in state.segments:
-            self.uploader.send(sealed)
+            sender.send(sealed)
         kept = f"{self.path}.damaged-{self._clock.now_ms()}"
         temporary = self.capture.scratch_path("roll-forward")
         result = restore(self._retrying(attempts=5), temporary, clock=self._clock, overwrite=True)
@@ -228,7 +313,7 @@ class Engine:
         os.rename(temporary, self.path)
         log.warning("%s: rolled forward; the damaged files are kept as %s*", self.name, kept)
         self._spool.record(
-            _restored_state(state.lineage, self._store.url, result, self.path, self._clock),
+            _restored_state(self.capture.state, self._store.url, result, self.path, self._clock),
             drop_pieces=True,
             drop_segments=True,
         )
@@ -250,7 +335,8 @@ class Engine:
         """
         if self._has_waited:
             return
-        answered = self.uploader.wait_reconciled(self.settings.open_timeout_s)
+        limit_s = self.settings.open_timeout_s + self.settings.fence_wait_s
+        answered = self.uploader.wait_reconciled(limit_s)
         self._has_waited = True
         if not answered:
             log.warning(
@@ -332,6 +418,7 @@ class Engine:
             f"{self.name} was opened before this process was forked: open databases after the fork"
         )
         self._port.close_in_child()
+        self._peers.close_in_child()
         self._spool.close()  # the lock is the parent's: a record lock is not inherited
 
     # -- for the application ------------------------------------------------------------------
@@ -377,12 +464,24 @@ class Engine:
         )
 
     def status(self) -> Status:
-        """How replication stands; makes no request."""
-        state = self.capture.state
+        """How replication stands; makes no request to the replica."""
+        mine = self._own_status()
+        if mine.uploader or mine.state == "stopped":
+            return mine
+        answer = self._peers.ask({"op": "status"}, _ASK_S)
+        if answer is None or not isinstance(answer.get("status"), dict):
+            return mine
+        try:
+            return replace(Status(**answer["status"]), uploader=False)
+        except TypeError:  # another version of this library
+            return mine
+
+    def _own_status(self) -> Status:
+        """What this process knows by itself."""
+        state = self.capture.refresh(wait=False) if not self._closed else self.capture.state
         uploader = self.uploader
         progress = uploader.progress
-        fatal = uploader.fatal
-        trouble = fatal or self.refusal
+        trouble = uploader.fatal or self.refusal
         error = str(trouble) if trouble is not None else progress.last_error
         if self._closed or trouble is not None:
             name = "stopped"
@@ -403,9 +502,40 @@ class Engine:
             upload_bytes=progress.upload_bytes,
             last_upload_ms=progress.last_upload_ms,
             last_error=error,
+            uploader=uploader.leads,
+            fence=self._fence_state(),
         )
 
+    def _fence_state(self) -> str:
+        if isinstance(self.uploader.fatal, FencedError):
+            return "lost"
+        if not self.fence.works:
+            return "none"
+        return "held" if self.fence.holds() else "idle"
+
     # -- life ---------------------------------------------------------------------------------
+
+    def leave(self, timeout: float) -> bool:
+        """No connection of this process is open any more: ship what is committed.
+
+        Where other processes have the database open it is left to them, and nobody waits.
+
+        Args:
+            timeout: seconds to wait at most.
+
+        Returns:
+            False if something stayed behind that nobody else will ship.
+        """
+        with self.capture.mutex:
+            self._last = self._spool.leave()
+        if not self._last:
+            return True
+        return self.drain(timeout)
+
+    def come_back(self) -> None:
+        """A connection was opened after `leave` had begun."""
+        with self.capture.mutex:
+            self._spool.locks.attend()
 
     def drain(self, timeout: float) -> bool:
         """Ship what is committed, for at most ``timeout`` seconds; False if something stayed."""
@@ -418,7 +548,7 @@ class Engine:
         return True
 
     def close(self, drained: bool) -> None:
-        """Stop, and say what stays behind.  Call `drain` first.  Safe to call twice.
+        """Stop, and say what stays behind.  Call `leave` first.  Safe to call twice.
 
         What was not shipped stays in the WAL and the spool, and goes out after the next open.
         """
@@ -426,7 +556,9 @@ class Engine:
             return
         self._closed = True
         self.uploader.stop()
-        if not drained and self.uploader.fatal is None:
+        if self._last and drained:
+            self.fence.release()
+        elif not drained and self.uploader.fatal is None:
             state = self.capture.state
             log.warning(
                 "%s: closed with %d sealed bytes behind txid %s that are not in %s yet; they are "
@@ -443,10 +575,39 @@ class Engine:
         self._closed = True
         self._port.remove_empty_wal()
         self._port.release()
+        self._peers.close()
         self.capture.close()
         with self.capture.mutex:
             self._spool.close()
         self._store.close()
+
+
+class _Memory:
+    """What the fence has to remember, in the journal."""
+
+    def __init__(self, capture: Capture, url: str) -> None:
+        self._capture = capture
+        self._url = url
+
+    def nonces(self) -> tuple[str, ...]:
+        return self._capture.state.nonces
+
+    def keep_nonces(self, nonces: tuple[str, ...]) -> None:
+        self._capture.amend(nonces=nonces)
+
+    def is_tested(self) -> bool:
+        return self._capture.state.fence_tested == self._url
+
+    def keep_tested(self) -> None:
+        self._capture.amend(fence_tested=self._url)
+
+
+def _answer(number: object, future: Future[int]) -> Message:
+    """What to tell a process whose wait has ended."""
+    error = future.exception()
+    if error is None:
+        return {"id": number, "txid": future.result()}
+    return {"id": number, "error": str(error), "kind": type(error).__name__}
 
 
 def restore_if_missing(settings: DatabaseSettings, clock: Clock | None = None) -> bool:
@@ -483,7 +644,7 @@ def restore_if_missing(settings: DatabaseSettings, clock: Clock | None = None) -
         )
         if result.txid is not None:
             spool.record(
-                _restored_state(new_lineage(), raw.url, result, str(path), clock),
+                _restored_state(spool.state, raw.url, result, str(path), clock),
                 drop_pieces=True,
                 drop_segments=True,
             )
@@ -500,13 +661,13 @@ def _has_old_layout(store: ObjectStore) -> bool:
 
 
 def _restored_state(
-    lineage: str, url: str, result: RestoreResult, path: str, clock: Clock
+    before: State, url: str, result: RestoreResult, path: str, clock: Clock
 ) -> State:
     """The record of a database that was just restored: at that TXID, with no WAL."""
     clock.sleep(0.02)  # a younger file could change again without a visible sign
     txid = result.txid or 0
     return State(
-        lineage=lineage,
+        lineage=before.lineage if before.replica == url and before.lineage else new_lineage(),
         replica=url,
         txid=txid,
         acked_txid=txid,
@@ -515,6 +676,8 @@ def _restored_state(
         resync="",
         wal_gone=True,
         fingerprint=Fingerprint.of(path),
+        nonces=before.nonces,
+        fence_tested=before.fence_tested,
     )
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import mmap
 import os
+import select
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -22,6 +22,8 @@ __all__ = ["Files", "write_all"]
 
 #: Buffers handed to the kernel in one call, at most; Linux and macOS take 1024.
 _IOV_MAX: Final = 512
+#: Bytes read from a pipe at once.
+_PIPE_BYTES: Final = 65536
 
 StrPath = str | os.PathLike[str]
 
@@ -112,24 +114,21 @@ class Files:
     def unlock(self, fd: int, byte: int) -> None:
         fcntl.lockf(fd, fcntl.LOCK_UN, 1, byte)
 
-    def share(self, path: StrPath, size: int) -> memoryview:
-        """Memory of ``size`` bytes that all processes share which name the same file.
-
-        It is given up when nobody refers to it any more.
-        """
-        fd = self.open(path, os.O_RDWR | os.O_CREAT)
-        try:
-            if os.fstat(fd).st_size < size:
-                self.allocate(fd, 0, size)
-            return memoryview(mmap.mmap(fd, size))
-        finally:
-            os.close(fd)
-
     def make_fifo(self, path: StrPath) -> int:
         """A descriptor on a named pipe (made if missing), for reading and writing, non-blocking."""
         with contextlib.suppress(FileExistsError):
             os.mkfifo(path, 0o600)
         return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def receive(self, fd: int, timeout_s: float | None) -> bytes:
+        """What is in a pipe; waits for the first byte, so long at most (None: without end)."""
+        poll = select.poll()  # select() knows no descriptors above 1023
+        poll.register(fd, select.POLLIN)
+        poll.poll(None if timeout_s is None else timeout_s * 1000)
+        try:
+            return os.read(fd, _PIPE_BYTES)
+        except BlockingIOError:
+            return b""
 
 
 def write_all(fd: int, parts: Sequence[Any], offset: int | None = None) -> int:

@@ -113,6 +113,10 @@ DATABASE_KEYS: Final[Mapping[str, Parser]] = {
     "max-spool-bytes": parse_size,
     "durability": parse_choice("async", "replica"),
     "durability-timeout": parse_duration,
+    "fence": parse_choice("auto", "required", "off"),
+    "fence-wait": parse_duration,
+    "fence-lease": parse_duration,
+    "on-fenced": parse_choice("refuse", "local"),
 }
 
 _NOT_YET_DIRECTORY: Final = "not yet: name each database with `path`"
@@ -198,6 +202,13 @@ class DatabaseSettings:
         durability: "replica" makes each commit of a connection made by ``connect`` wait until the
             replica has it; "async" returns at once.
         durability_timeout_s: how long such a commit waits before `NotYetReplicated`, seconds.
+        fence: "auto" keeps second writers out where the store can, "required" refuses a store that
+            cannot, "off" does not try.
+        fence_wait_s: how long opening waits for another host to give up the replica, seconds.
+        fence_lease_s: how long after its last sign of life a crashed owner keeps others out,
+            seconds.
+        on_fenced: when another host owns the replica: "refuse" fails commits, "local" lets them
+            happen here without a replica.
     """
 
     path: Path
@@ -217,6 +228,10 @@ class DatabaseSettings:
     min_checkpoint_page_count: int = 1000
     durability: Literal["async", "replica"] = "async"
     durability_timeout_s: float = 30.0
+    fence: Literal["auto", "required", "off"] = "auto"
+    fence_wait_s: float = 0.0
+    fence_lease_s: float = 30.0
+    on_fenced: Literal["refuse", "local"] = "refuse"
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -474,6 +489,8 @@ def make_database(
         raise ConfigError(f"page-size: {page_size} is not a power of two from 512 to 65536")
     if more.get("min_checkpoint_page_count", 1) < 1:
         raise ConfigError("min-checkpoint-page-count: must be at least 1")
+    if not 2.0 <= more.get("fence_lease_s", 30.0) <= 120.0:
+        raise ConfigError("fence-lease: must be from 2s to 2m")
     meta_path = values.get("meta-path")
     return DatabaseSettings(
         path=file,

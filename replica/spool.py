@@ -178,6 +178,11 @@ class State:
             copy, can come next; empty while it is.
         suspect: the WAL vanished without a clean close: its commits may be lost.
         timestamp_ms: the newest one given to a segment or piece, ms since the epoch.
+        nonces: of the leases that this state directory may hold in the replica (`fence`).
+        fence_tested: URL of the replica whose conditional writes were seen to work; or empty.
+        refusal: why no process may commit any more: class name and message; or empty.
+        adopt: somebody decided that this database becomes the replica's next state, whatever the
+            replica holds now.
         pieces: sealed by a gate and not in a segment yet, oldest first.
         segments: frozen and not acknowledged yet, ascending TXIDs.
     """
@@ -197,6 +202,10 @@ class State:
     resync: str = NEVER_COPIED
     suspect: bool = False
     timestamp_ms: int = 0
+    nonces: tuple[str, ...] = ()
+    fence_tested: str = ""
+    refusal: tuple[str, ...] = ()
+    adopt: bool = False
     pieces: tuple[Sealed, ...] = ()
     segments: tuple[Sealed, ...] = ()
 
@@ -245,6 +254,10 @@ def _scalars(state: State) -> dict[str, Any]:
         "resync": state.resync,
         "suspect": state.suspect,
         "timestamp_ms": state.timestamp_ms,
+        "nonces": list(state.nonces),
+        "fence_tested": state.fence_tested,
+        "refusal": list(state.refusal),
+        "adopt": state.adopt,
     }
 
 
@@ -268,6 +281,10 @@ def _with_scalars(state: State, meta: dict[str, Any]) -> State:
         resync=meta.get("resync", "" if position or fingerprint else NEVER_COPIED),
         suspect=meta.get("suspect", False),
         timestamp_ms=meta.get("timestamp_ms", 0),
+        nonces=tuple(meta.get("nonces", ())),
+        fence_tested=meta.get("fence_tested", ""),
+        refusal=tuple(meta.get("refusal", ())),
+        adopt=meta.get("adopt", False),
     )
 
 
@@ -367,12 +384,18 @@ class Spool:
             self.locks.attend()
         self.unlock()
 
-    def is_last(self) -> bool:
-        """Whether no other process has the database open, nor can before `unlock`.
+    def leave(self) -> bool:
+        """This process is done with the database; call it locked.
 
-        Call locked, when nothing comes after: this process counts as absent then.
+        Returns:
+            Whether no other has it open: then this one still counts as present, for whatever is
+            left to do.  Of several that leave at once exactly one learns that it is the last.
         """
-        return self.locks.is_alone()
+        if self.locks.is_alone():
+            self.locks.attend()
+            return True
+        self.locks.be_absent()
+        return False
 
     # -- the drain lock -----------------------------------------------------------------------
 

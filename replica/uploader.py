@@ -1,21 +1,22 @@
 """The uploader: seals what is new and sends it, in the background.
 
-One scheduling thread per database and a few threads for requests, so that several segments may be
-in flight when the store is far away.  The logic is `Uploader.step`, which tests call with a clock
-of their own; `Uploader.run` only steps and waits for the bell.
+One scheduling thread per database and process, and a few threads for requests, so that several
+segments may be in flight when the store is far away.  The logic is `Uploader.step`, which tests
+call with a clock of their own; `Uploader.run` only steps and waits for the bell.
+
+Of all processes that have the database open, the one that holds the record lock uploads (it
+*leads*); the others tell it when there is something to send, and lead as soon as it is gone.
 
 The bell is answered at once when the database was idle or much was written, and at most every sync
-interval under load otherwise.
-A TXID is given when a segment is frozen, its bytes are in the spool before they are sent, and they
-stay as they are until the answer is known.  Acknowledgements count in TXID order, whatever order
-the answers come in.
+interval under load otherwise.  A TXID is given when a segment is frozen, its bytes are in the spool
+before they are sent, and they stay as they are until the answer is known.  Acknowledgements count
+in TXID order, whatever order the answers come in, and only under a lease that is proven (`fence`).
 """
 
 from __future__ import annotations
 
 import _thread
 import contextlib
-import hashlib
 import logging
 import queue
 import random
@@ -23,25 +24,22 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Final, Protocol
 
 from .capture import Capture
 from .clock import Clock
-from .errors import (
-    ClosedError,
-    ContinuityError,
-    ObjectNotFound,
-    PreconditionFailed,
-    ReplicaError,
-    StoreError,
-)
+from .election import Locks
+from .errors import ClosedError, ContinuityError, ReplicaError, StoreError
+from .fence import Fence
 from .format.types import format_txid
+from .peers import Message, Peers
+from .sender import Requests, Sender
 from .spool import Sealed
-from .sqlite import FencedError
-from .store.base import SHA256_METADATA, ObjectInfo, ObjectStore, segment_key
+from .sqlite import FencedError, RefusedError
+from .waits import Waits
 
-__all__ = ["Outcome", "Uploader"]
+__all__ = ["MAX_IN_FLIGHT", "Uploader"]
 
 log = logging.getLogger("walship.uploader")
 
@@ -50,6 +48,10 @@ log = logging.getLogger("walship.uploader")
 MAX_IN_FLIGHT: Final = 4
 #: How often the uploader looks without having been rung, seconds: a crash can come before a bell.
 TICK_S: Final = 2.0
+#: How often a process that does not lead looks whether it may, and repeats its questions, seconds.
+FOLLOW_S: Final = 0.4
+#: The same while the leader is just changing, seconds.
+_CHANGE_S: Final = 0.02
 #: Waits after failed requests double from the first to the second, in seconds, with jitter.
 BACKOFF_FIRST_S: Final = 0.2
 BACKOFF_LONGEST_S: Final = 30.0
@@ -61,13 +63,15 @@ _COPY_RETRY_S: Final = 0.01
 _JOIN_S: Final = 0.5
 #: Pieces are merged while they cannot be sent, once there are more than this many.
 MERGE_PIECES: Final = 64
+#: While there is something to send, how often an older object is looked at: is it still ours?
+_LOOK_BACK_S: Final = 15.0
 
 
 class Reconcile(Protocol):
     """Compares the local record with the replica before the first TXID is given."""
 
     def __call__(self) -> None:
-        """Raises ContinuityError to refuse, StoreError to be tried again."""
+        """Raises ContinuityError or FencedError to refuse, StoreError to be tried again."""
 
 
 @dataclass(slots=True)
@@ -78,23 +82,16 @@ class _Slot:
     oldest: float  # monotonic time of the oldest commit in it
     in_flight: bool = False
     done: bool = False
-
-
-@dataclass(slots=True)
-class _Wait:
-    """Somebody waits for what was committed before the ticket was drawn."""
-
-    ticket: int
-    future: Future[int]
-    txid: int | None = None  # which holds it, once it is frozen
+    began: float | None = None  # when the request was begun that created it
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a request thread found out about one segment."""
+class _Outcome:
+    """What a request came to; ``txid`` 0 is not about a segment but about the fence."""
 
     txid: int
     error: ReplicaError | None
+    began: float | None = None
 
 
 @dataclass(slots=True)
@@ -113,68 +110,88 @@ class Uploader:
     Args:
         name: of the database, for the log.
         capture: where segments come from.
-        store: where they go; one attempt a call.
-        reconcile: run before the first segment is frozen, until it passes.
+        locks: say who leads.
+        peers: the other processes.
+        sender: puts segments; one attempt a call.
+        requests: where it does so.
+        fence: whether what was sent may be acknowledged.
+        reconcile: run before the first segment is frozen, until it passes; takes the lease too.
+        is_reconciled: whether some process has done so, for those that do not lead.
         sync_interval_s: least time between the starts of two uploads under load, seconds.
         max_in_flight: segments sent at once; 1 for stores without metadata.
-        give_up: called once with the reason why this database may not be shipped any more.
-        watch: called at each tick; raises a `ReplicaError` when nothing may be shipped any more.
+        give_up: called with the reason why this process may commit no more, and whether that holds
+            for all processes.
+        refused: why all may commit no more, as some process has found; None if they may.
+        watch: called at each tick; raises a `ReplicaError` when this process must not go on.
     """
 
     def __init__(
         self,
         name: str,
         capture: Capture,
-        store: ObjectStore,
         clock: Clock,
         *,
+        locks: Locks,
+        peers: Peers,
+        sender: Sender,
+        requests: Requests,
+        fence: Fence,
         reconcile: Reconcile,
+        is_reconciled: Callable[[], bool],
         sync_interval_s: float,
         max_in_flight: int = MAX_IN_FLIGHT,
-        give_up: Callable[[ReplicaError], None] = lambda error: None,
+        give_up: Callable[[ReplicaError, bool], None] = lambda error, everywhere: None,
+        refused: Callable[[], ReplicaError | None] = lambda: None,
         watch: Callable[[], None] = lambda: None,
         rng: random.Random | None = None,
     ) -> None:
-        self._watch = watch
-        self._next_watch = float("-inf")
         self._name = name
         self._capture = capture
-        self._store = store
         self._clock = clock
+        self._locks = locks
+        self._peers = peers
+        self._sender = sender
+        self._requests = requests
+        self._fence = fence
         self._reconcile = reconcile
+        self._is_reconciled = is_reconciled
         self._sync_interval_s = sync_interval_s
         self._max_in_flight = max_in_flight
         self._on_give_up = give_up
+        self._refused = refused
+        self._watch = watch
         self._rng = rng or random.Random()
         # The doorbell: set by commits without a lock, cleared before the WAL is looked at.
         self.dirty = False
         self._interrupted = False
         self._wake = threading.Lock()
         self._wake.acquire()
-        # Guards the fields that waiting threads look at.
+        self._waits = Waits()
+        # Guards `_reconciled` and `_fatal`, for those that wait for them.
         self._changed = threading.Condition(threading.Lock())
-        self._tickets = 0
-        self._covered_ticket = 0
-        self._covered_txid = 0
-        self._acked_txid = capture.state.acked_txid
-        self._waiting: list[_Wait] = []
+        self._reconciled = False
         self._fatal: ReplicaError | None = None
         self._stopping = False
+        self._acked_txid = capture.state.acked_txid
         # Scheduling thread only.
+        self._leading = False
+        self._next_watch = float("-inf")
         self._slots: dict[int, _Slot] = {}
-        self._reconciled = False
+        self._covered_ticket = 0
         self._dirty_since: float | None = None
         self._last_send = float("-inf")
         self._failures = 0
         self._retry_at = float("-inf")
         self._down_since: float | None = None
-        self._refusal_logged: str | None = None
-        self._conditional = True
+        self._told: str | None = None
+        self._renewing = False
+        self._last_look = float("-inf")
+        self._newest_acked: Sealed | None = None
+        self._asked_ticket = 0
+        self._asked_at = float("-inf")
         self._progress = _Progress()
-        # Request threads.
-        self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        self._requests: queue.SimpleQueue[Sealed | None] = queue.SimpleQueue()
-        self._workers: list[threading.Thread] = []
+        # From the request threads.
+        self._outcomes: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     # -- from the application's threads -------------------------------------------------------
@@ -208,49 +225,31 @@ class Uploader:
 
         Returns:
             The TXID that holds it, once the replica has it and all before it.  Ends with a
-            `ReplicaError` if it can never get there (fenced, refused, closed).  Resolved from the
-            uploader's thread; whoever loses interest cancels it.
+            `ReplicaError` if it can never get there (fenced, refused, closed).  Resolved from a
+            thread of the engine; whoever loses interest cancels it.
         """
-        future: Future[int] = Future()
-        with self._changed:
-            if self._fatal is not None:
-                future.set_exception(self._fatal)
-            elif self._stopping:
-                future.set_exception(ClosedError(f"replication of {self._name} is closed"))
-            else:
-                self._tickets += 1
-                self._waiting.append(_Wait(self._tickets, future))
+        future = self._waits.draw()
         self.dirty = True
         self._poke()
         return future
 
-    def _settle(self) -> None:
-        """Resolve what is waited for and done.  Call with `_changed` held."""
-        end: ReplicaError | None = self._fatal
-        if end is None and self._stopping:
-            end = ClosedError(
-                f"replication of {self._name} was closed first; what is left goes out after the "
-                "next open"
-            )
-        left: list[_Wait] = []
-        for wait in self._waiting:
-            if wait.txid is None and wait.ticket <= self._covered_ticket:
-                wait.txid = self._covered_txid
-            done = wait.txid is not None and wait.txid <= self._acked_txid
-            if not done and end is None:
-                left.append(wait)
-            elif wait.future.set_running_or_notify_cancel():
-                if done:
-                    wait.future.set_result(wait.txid or 0)
-                else:
-                    wait.future.set_exception(end)
-        self._waiting = left
+    def answered(self, message: Message) -> None:
+        """The leader has answered what this process asked."""
+        ticket = message.get("id")
+        if not isinstance(ticket, int):
+            return
+        txid, text = message.get("txid"), message.get("error")
+        if isinstance(txid, int):
+            self._waits.cover(ticket, txid)
+            self._waits.acknowledge(txid)
+        elif isinstance(text, str):
+            self._waits.fail(ticket, error_of(str(message.get("kind")), text))
 
     def wait_reconciled(self, timeout: float) -> bool:
         """Wait until local record and replica were compared; False after ``timeout`` seconds.
 
         Raises:
-            ReplicaError: they do not continue each other.
+            ReplicaError: they do not continue each other, or another writer owns the replica.
         """
         deadline = self._clock.monotonic() + timeout
         with self._changed:
@@ -264,9 +263,14 @@ class Uploader:
         return True
 
     @property
+    def leads(self) -> bool:
+        """Whether this process is the one that uploads."""
+        return self._leading
+
+    @property
     def replicated_txid(self) -> int:
         """Highest TXID known to be in the replica, with all before it."""
-        return self._acked_txid
+        return max(self._acked_txid, self._capture.state.acked_txid)
 
     @property
     def fatal(self) -> ReplicaError | None:
@@ -285,7 +289,7 @@ class Uploader:
 
     def lag_s(self) -> float:
         """Age of the oldest commit that is not known to be in the replica, seconds; 0 without."""
-        times = [slot.oldest for slot in list(self._slots.values()) if not slot.done]
+        times = [slot.oldest for slot in list(self._slots.values())]
         if self._dirty_since is not None:
             times.append(self._dirty_since)
         return max(0.0, self._clock.monotonic() - min(times)) if times else 0.0
@@ -300,33 +304,41 @@ class Uploader:
 
     def run(self) -> None:
         """Step and wait for the bell until `stop`."""
-        while not self._ends():
-            try:
-                delay = self.step(self._clock.monotonic())
-            except ReplicaError as error:
-                if self._ends():
-                    return  # what it worked on was closed under it
-                delay = self._failed(error)
-            except Exception:
-                if self._ends():
-                    return
-                log.exception("%s: unexpected error in the uploader", self._name)
-                delay = self._failed(ReplicaError("unexpected error, see the log"))
-            if delay > 0:
+        while not self._stopping:
+            delay = self.turn()
+            if delay > 0 and not self._stopping:
                 self._wake.acquire(timeout=delay)
 
-    def _ends(self) -> bool:
+    def turn(self) -> float:
+        """One step; what goes wrong in it is noted.  Returns seconds until the next is due."""
+        try:
+            return self.step(self._clock.monotonic())
+        except ReplicaError as error:
+            # What it worked on may have been closed under it.
+            return 0.0 if self._stopping else self._failed(error)
+        except Exception:
+            if self._stopping:
+                return 0.0
+            log.exception("%s: unexpected error in the uploader", self._name)
+            return self._failed(ReplicaError("unexpected error, see the log"))
+
+    def is_stopping(self) -> bool:
+        """Whether `stop` was called."""
         return self._stopping
 
     def stop(self) -> None:
         """End the threads without waiting for requests; what is frozen stays in the spool."""
+        self._stopping = True
+        self._waits.end(
+            ClosedError(
+                f"replication of {self._name} was closed first; what is left goes out after the "
+                "next open"
+            )
+        )
         with self._changed:
-            self._stopping = True
-            self._settle()
             self._changed.notify_all()
         self._poke()
-        for _ in self._workers:
-            self._requests.put(None)
+        self._requests.close()
         if self._thread is not None and self._thread is not threading.current_thread():
             # It may be waiting for the store's answer; what it then finds closed ends it.
             self._thread.join(timeout=_JOIN_S)
@@ -342,7 +354,7 @@ class Uploader:
         if self._interrupted:
             self._interrupted = False
             _thread.interrupt_main()
-        self._collect_outcomes(now)
+        self._collect_outcomes()
         if self._fatal is not None:
             return TICK_S
         if now >= self._next_watch:
@@ -350,18 +362,22 @@ class Uploader:
             self._watch_or_give_up()
         if self.dirty and self._dirty_since is None:
             self._dirty_since = now
+        if not self._locks.lead():
+            return self._follow(now)
+        if not self._leading:
+            self._begin_to_lead()
         if now < self._retry_at:
             self._merge_if_many()
             return min(TICK_S, self._retry_at - now)
         if not self._reconciled:
             self._do_reconcile()
             now = self._clock.monotonic()
+        self._acknowledge()
         self._send_waiting()
         if len(self._slots) >= self._max_in_flight:
             self._merge_if_many()
             return TICK_S
-        with self._changed:
-            ticket = self._tickets
+        ticket = self._waits.ticket
         due = self._last_send + self._sync_interval_s
         wanted = ticket != self._covered_ticket or self._capture.more
         if now < due and not wanted and not (self.dirty and self._capture.has_much()):
@@ -373,8 +389,57 @@ class Uploader:
         try:
             self._watch()
         except ReplicaError as error:
-            self._give_up(error)
+            self._give_up(error, everywhere=False)
+            self._locks.resign()
             raise
+
+    # -- one that does not lead ---------------------------------------------------------------
+
+    def _follow(self, now: float) -> float:
+        """Tell the leader what there is to do."""
+        error = self._refused()
+        if error is not None:
+            self._give_up(error, everywhere=False)
+            return TICK_S
+        if not self._reconciled and self._is_reconciled():
+            self._set_reconciled()
+        self._capture.drain_refused()
+        reached = True
+        if self.dirty:
+            self.dirty, self._dirty_since = False, None
+            if self._capture.in_wal_mode:
+                reached = self._peers.tell_leader({"op": "bell"})
+        ticket = self._waits.ticket
+        if ticket != self._asked_ticket or (
+            self._waits.pending and now >= self._asked_at + FOLLOW_S
+        ):
+            reached = self._peers.tell_leader(
+                {"op": "sync", "from": self._peers.name, "id": ticket}
+            )
+            self._asked_ticket, self._asked_at = ticket, now
+        if reached:
+            return FOLLOW_S
+        # It has died, or is just beginning; once somebody leads everything is looked at anyway.
+        self._asked_at = float("-inf")
+        return _CHANGE_S
+
+    def _begin_to_lead(self) -> None:
+        """The lock is ours: from the journal on, everything is as after a restart."""
+        self._capture.refresh()
+        error = self._refused()
+        if error is not None:
+            self._give_up(error, everywhere=False)
+            return
+        self._peers.lead()
+        self._slots.clear()
+        self._covered_ticket = -1
+        self._leading = True
+        with self._changed:
+            self._reconciled = False
+        self.dirty = True
+        self._retry_at = float("-inf")
+
+    # -- the one that leads -------------------------------------------------------------------
 
     def _take_and_send(self, now: float, ticket: int) -> float:
         self.dirty = False
@@ -401,10 +466,9 @@ class Uploader:
             if now - self._dirty_since > 1.0:
                 self._progress.last_error = "an open write transaction holds up the full copy"
             return _COPY_RETRY_S
-        with self._changed:
-            self._covered_ticket = ticket
-            self._covered_txid = self._capture.state.txid
-            self._settle()
+        self._covered_ticket = ticket
+        self._waits.cover(ticket, self._capture.state.txid)
+        self._waits.acknowledge(self._acked_txid)
         return 0.0 if self.dirty and self._sync_interval_s <= 0 else TICK_S
 
     def _next_segment(self) -> Sealed | None:
@@ -425,31 +489,36 @@ class Uploader:
         return sealed
 
     def _merge_if_many(self) -> None:
-        if len(self._capture.state.pieces) > MERGE_PIECES:
-            self._capture.merge_pieces()
+        outgrown = self._capture.outgrows_database()
+        if outgrown or len(self._capture.state.pieces) > MERGE_PIECES:
+            self._capture.merge_pieces(everything=outgrown)
 
     def _do_reconcile(self) -> None:
         try:
             self._reconcile()
-        except ContinuityError as error:
-            self._give_up(error)
+        except (ContinuityError, FencedError, RefusedError) as error:
+            self._give_up(error, everywhere=True)
             raise
         state = self._capture.state
         for sealed in state.segments:
             self._slots[sealed.txid] = _Slot(sealed, self._clock.monotonic())
-        with self._changed:
-            self._acked_txid = state.acked_txid
-            self._reconciled = True
-            self._settle()
-            self._changed.notify_all()
+        self._acked_txid = state.acked_txid
+        self._set_reconciled()
         self._recovered()
 
-    def _give_up(self, error: ReplicaError) -> None:
+    def _set_reconciled(self) -> None:
         with self._changed:
-            self._fatal = error
-            self._settle()
+            self._reconciled = True
             self._changed.notify_all()
-        self._on_give_up(error)
+
+    def _give_up(self, error: ReplicaError, *, everywhere: bool) -> None:
+        with self._changed:
+            if self._fatal is not None:
+                return
+            self._fatal = error
+            self._changed.notify_all()
+        self._waits.end(error)
+        self._on_give_up(error, everywhere)
         log.error("%s: %s", self._name, error)
 
     def _send_waiting(self) -> None:
@@ -460,53 +529,94 @@ class Uploader:
             if slot.in_flight or slot.done:
                 continue
             slot.in_flight = True
-            busy = sum(1 for s in self._slots.values() if s.in_flight and not s.done)
-            if busy > len(self._workers) and len(self._workers) < self._max_in_flight:
-                self._start_worker()
-            self._requests.put(slot.sealed)
+            if self._fence.wants_renewal():
+                self._renew()  # beside it, so that the acknowledgement need not wait
+            self._request(slot.sealed.txid, partial(self._sender.send, slot.sealed))
 
-    def _collect_outcomes(self, now: float) -> None:
+    def _request(self, txid: int, action: Callable[[], float | None]) -> None:
+        def carry_out() -> None:
+            error: ReplicaError | None = None
+            began: float | None = None
+            try:
+                began = action()
+            except ReplicaError as caught:
+                error = caught
+            except Exception as caught:
+                log.exception("%s: unexpected error in a request", self._name)
+                error = ReplicaError(f"unexpected error in a request: {caught!r}")
+            self._outcomes.put(_Outcome(txid, error, began))
+            self._poke()
+
+        self._requests.submit(carry_out)
+
+    def _renew(self) -> None:
+        if not self._renewing:
+            self._renewing = True
+            self._request(0, self._fence.renew)
+
+    def _look_back(self) -> None:
+        """While there is traffic: is what was acknowledged a while ago still what we put there?"""
+        now = self._clock.monotonic()
+        if now < self._last_look + _LOOK_BACK_S or not self._fence.works:
+            return
+        older, self._last_look = self._newest_acked, now
+        if older is not None:
+            self._request(-1, lambda: self._sender.check_still_ours(older))
+
+    def _collect_outcomes(self) -> None:
         failed: ReplicaError | None = None
         while True:
             try:
                 outcome = self._outcomes.get_nowait()
             except queue.Empty:
                 break
+            if outcome.txid == 0:
+                self._renewing = False
             slot = self._slots.get(outcome.txid)
-            if slot is None:
-                continue
-            slot.in_flight = False
-            if outcome.error is None:
+            if slot is not None:
+                slot.in_flight = False
+            if isinstance(outcome.error, FencedError | RefusedError):
+                self._give_up(outcome.error, everywhere=True)
+            elif outcome.error is not None:
+                if outcome.txid >= 0:
+                    failed = outcome.error
+            elif slot is not None:
                 slot.done = True
+                slot.began = outcome.began
                 self._progress.uploads += 1
                 self._progress.upload_bytes += slot.sealed.size_bytes
                 self._progress.last_upload_ms = self._clock.now_ms()
-            elif isinstance(outcome.error, FencedError):
-                self._give_up(outcome.error)
-            else:
-                failed = outcome.error
-        self._acknowledge()
+        if self._fatal is None and self._reconciled:
+            self._acknowledge()
         if failed is not None:
             self._failed(failed)
 
     def _acknowledge(self) -> None:
-        """Count finished segments, in TXID order and without a gap."""
-        acked = 0
+        """Count finished segments, in TXID order, without a gap, and under a proven lease."""
+        acked: Sealed | None = None
         for txid, slot in list(self._slots.items()):
             if not slot.done:
                 break
-            acked = txid
+            if not self._fence.holds():
+                if self._clock.monotonic() >= self._retry_at:
+                    self._renew()
+                break
+            if slot.began is not None:
+                self._fence.created(slot.began)
+            acked = slot.sealed
             del self._slots[txid]
-        if not acked:
+        if acked is None:
             return
-        self._capture.acknowledge(acked)
-        with self._changed:
-            self._acked_txid = acked
-            self._settle()
-        self._recovered()
+        self._recovered()  # before it is let go of: what was waiting is said there
+        self._capture.acknowledge(acked.txid)
+        self._acked_txid = acked.txid
+        self._waits.acknowledge(acked.txid)
+        self._look_back()
+        self._newest_acked = acked
 
     def _failed(self, error: ReplicaError) -> float:
-        """Note a failure and back off; one log line when trouble begins, one when it ends."""
+        """Note a failure and back off.  One line in the log for each kind of trouble, not for each
+        attempt; a hiccup that the second attempt mends is not worth one."""
         now = self._clock.monotonic()
         self._failures += 1
         self._progress.last_error = str(error)
@@ -517,120 +627,45 @@ class Uploader:
         self._retry_at = now + wait
         if self._down_since is None:
             self._down_since = now
-        if self._refusal_logged != str(error) and (not retryable or self._failures == 3):
-            self._refusal_logged = str(error)
+        kind = _kind_of(error)
+        if kind != self._told and (not retryable or self._failures >= 3):
+            self._told = kind
             log.warning("%s: cannot replicate: %s (trying again)", self._name, error)
         return wait
 
     def _recovered(self) -> None:
-        if self._failures and self._refusal_logged is not None:
+        if self._failures and self._told is not None:
             down = self._clock.monotonic() - (self._down_since or 0.0)
-            log.warning("%s: replicating again after %.1f s", self._name, down)
+            log.warning(
+                "%s: replicating again after %.1f s; %s of changes were waiting",
+                self._name,
+                down,
+                _in_words(self._capture.waiting_bytes()),
+            )
         self._failures = 0
         self._retry_at = float("-inf")
         self._down_since = None
-        self._refusal_logged = None
+        self._told = None
         self._progress.last_error = None
 
-    # -- request threads ----------------------------------------------------------------------
 
-    def _start_worker(self) -> None:
-        worker = threading.Thread(target=self._work, name=f"walship:{self._name}:put", daemon=True)
-        self._workers.append(worker)
-        worker.start()
-
-    def _work(self) -> None:
-        while (sealed := self._requests.get()) is not None:
-            error: ReplicaError | None = None
-            try:
-                self.send(sealed)
-            except ReplicaError as caught:
-                error = caught
-            except Exception as caught:
-                log.exception("%s: unexpected error in an upload", self._name)
-                error = ReplicaError(f"unexpected error in an upload: {caught!r}")
-            self._outcomes.put(Outcome(sealed.txid, error))
-            self._poke()
-
-    def send(self, sealed: Sealed) -> None:
-        """Put one frozen segment into the replica, create-only; returns when it is there.
-
-        Raises:
-            FencedError: another writer's bytes lie under this TXID.
-            StoreError: anything else.
-        """
-        body = self._capture.body(sealed)
-        if isinstance(body, bytes) and hashlib.sha256(body).hexdigest() != sealed.sha256:
-            raise ReplicaError(
-                f"the spool holds other bytes than were sealed as {sealed.txid:016x}"
-            )
-        key = segment_key(self._store, 0, sealed.txid, sealed.txid)
-        try:
-            self._put(key, body, sealed)
-        except PreconditionFailed as error:
-            found = self._find(key)
-            if found is not None and same_bytes(self._store, found, sealed):
-                return
-            if found is not None and not found.size_bytes:
-                # What a server keeps of an upload whose client died after its headers.
-                self._put(key, body, sealed, replace_it=True)
-                return
-            raise FencedError(
-                f"another writer has put txid {format_txid(sealed.txid)} into {self._store.url}: "
-                "this database is not shipped any more; stop one of the two writers, then restore "
-                "or reset this side"
-            ) from error
-
-    def _put(
-        self, key: str, body: bytes | Path, sealed: Sealed, *, replace_it: bool = False
-    ) -> None:
-        metadata = {SHA256_METADATA: sealed.sha256}
-        try:
-            self._store.put(
-                key,
-                body,
-                timestamp_ms=sealed.timestamp_ms,
-                metadata=metadata,
-                if_absent=self._conditional and not replace_it,
-            )
-        except StoreError as error:
-            if not self._conditional or error.code != "NotImplemented":
-                raise
-            log.warning("%s: %s has no conditional writes", self._name, self._store.url)
-            self._conditional = False
-            self._store.put(key, body, timestamp_ms=sealed.timestamp_ms, metadata=metadata)
-
-    def _find(self, key: str) -> ObjectInfo | None:
-        try:
-            return self._store.head(key)
-        except ObjectNotFound:
-            return None
+def error_of(kind: str, text: str) -> ReplicaError:
+    """The error that another process has told or recorded by its class name and message."""
+    for known in (FencedError, RefusedError, ClosedError):
+        if kind == known.__name__:
+            return known(text)
+    return ContinuityError(text) if kind == ContinuityError.__name__ else ReplicaError(text)
 
 
-def same_bytes(store: ObjectStore, info: ObjectInfo, sealed: Sealed) -> bool:
-    """Whether an object is the segment that was frozen here; ``info`` is from a HEAD."""
-    return info.size_bytes == sealed.size_bytes and has_sha256(store, info, sealed.sha256)
+def _kind_of(error: ReplicaError) -> str:
+    """What makes two failures the same trouble to whoever reads the log."""
+    code = error.code if isinstance(error, StoreError) else None
+    return f"{type(error).__name__} {code or ''}"
 
 
-def has_sha256(store: ObjectStore, info: ObjectInfo, sha256: str) -> bool:
-    """Whether an object's content has this digest (hex); ``info`` is from a HEAD.
-
-    The one in the object's metadata decides; without it (a directory, another writer's object) the
-    content is read.
-    """
-    recorded = info.metadata.get(SHA256_METADATA)
-    if recorded is not None:
-        return recorded == sha256
-    return sha256_of(lambda offset, length: store.get(info.key, offset, length)) == sha256
-
-
-def sha256_of(read: Callable[[int, int], bytes]) -> str:
-    """Hex digest of everything that ``read(offset, length)`` gives, in pieces of 8 MiB."""
-    digest = hashlib.sha256()
-    offset, length = 0, 8 * 1024 * 1024
-    while data := read(offset, length):
-        digest.update(data)
-        offset += len(data)
-        if len(data) < length:
-            break
-    return digest.hexdigest()
+def _in_words(n_bytes: int) -> str:
+    for unit in ("bytes", "KB", "MB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes = n_bytes / 1000  # type: ignore[assignment]
+    return f"{n_bytes:.3g} GB"

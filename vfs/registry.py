@@ -174,9 +174,10 @@ class Registry:
             if self._exiting or not self._is_unused(path, engine):
                 return
         engine.after_last_close()
-        drained = engine.drain(engine.settings.shutdown_sync_timeout_s)
+        drained = engine.leave(engine.settings.shutdown_sync_timeout_s)
         with self._lock:
             if not self._is_unused(path, engine):
+                engine.come_back()
                 return
             self._forget(path)
             engine.close(drained)
@@ -217,7 +218,7 @@ class Registry:
         for engine in self.engines():
             left = deadline - clock.monotonic()
             limit = min(engine.settings.shutdown_sync_timeout_s, max(0.0, left))
-            if not engine.drain(limit):
+            if not engine.leave(limit):
                 log.warning(
                     "%s: the program ended before everything was in the replica; the rest is "
                     "shipped after the next open",

@@ -17,6 +17,7 @@ from typing import Final, Protocol
 from walship.replica.format.types import format_segment_name, parse_segment_name
 
 __all__ = [
+    "EPOCH_METADATA",
     "IN_FLIGHT_MAX",
     "SHA256_METADATA",
     "Body",
@@ -31,6 +32,8 @@ __all__ = [
 #: Object metadata of a segment that walship wrote: sha256 of its content, hex.  Proof that an
 #: object is ours although the answer to its PUT was lost, and that walship wrote it at all.
 SHA256_METADATA: Final = "walship-sha256"
+#: Object metadata of a segment: generation of the lease that it was sent under (`replica.fence`).
+EPOCH_METADATA: Final = "walship-epoch"
 #: Uploads that may be under way at once, with a margin for later versions.  A writer that dies
 #: with one lost in the middle leaves a gap of less than this below the newest.
 IN_FLIGHT_MAX: Final = 8
@@ -85,6 +88,11 @@ class ObjectStore(Protocol):
     @property
     def url(self) -> str:
         """Where this store is, for people: no secrets."""
+
+    @property
+    def logical_times(self) -> bool:
+        """Whether listings show the time that a put was given (``timestamp_ms``) as
+        ``modified_ms``, and not when the store took the object."""
 
     def level_prefix(self, level: int) -> str:
         """Prefix of the keys of one level's segments, ending in ``/``."""

@@ -274,6 +274,10 @@ class LocalStore:
     def url(self) -> str:
         return f"file://{self._root}"
 
+    @property
+    def logical_times(self) -> bool:
+        return True
+
     def level_prefix(self, level: int) -> str:
         return f"ltx/{level}/"
 

@@ -71,6 +71,10 @@ class RetryingStore:
     def url(self) -> str:
         return self._store.url
 
+    @property
+    def logical_times(self) -> bool:
+        return self._store.logical_times
+
     def level_prefix(self, level: int) -> str:
         return self._store.level_prefix(level)
 

@@ -189,6 +189,10 @@ class S3Store:
             url += f"?endpoint={self._settings.endpoint.removeprefix('https://')}"
         return url
 
+    @property
+    def logical_times(self) -> bool:
+        return False
+
     def level_prefix(self, level: int) -> str:
         return f"{level:04x}/"
 

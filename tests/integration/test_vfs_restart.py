@@ -367,12 +367,3 @@ def test_a_missing_journal_is_like_a_lost_state_directory(case: Case) -> None:
     (case.state / "journal").unlink()
     case.go_on(committed)
     case.assert_incremental()
-
-
-def test_a_second_process_is_refused(case: Case) -> None:
-    """While one process replicates a database, another one is refused with the reason."""
-    with case.database.opened():
-        report = run_writer(case.database.path, case.database.replica, steps=1)
-    assert report.committed == 0
-    assert "another process" in report.errors
-    case.go_on()

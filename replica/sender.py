@@ -1,0 +1,237 @@
+"""Sends frozen segments: create-only, one attempt a call, and nobody else's bytes replaced.
+
+What the uploader decides, this carries out, in threads of its own.  It also tells an answer that
+got lost from a rival: by comparing bytes, never by the answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, Protocol
+
+from .capture import Capture
+from .clock import Clock
+from .errors import ObjectNotFound, PreconditionFailed, ReplicaError, StoreError
+from .fence import Fence
+from .format.types import format_txid
+from .spool import Sealed
+from .sqlite import FencedError
+from .store.base import (
+    EPOCH_METADATA,
+    SHA256_METADATA,
+    ObjectInfo,
+    ObjectStore,
+    segment_key,
+)
+
+__all__ = ["RequestThreads", "Requests", "Sender", "has_sha256", "same_bytes"]
+
+log = logging.getLogger("walship.sender")
+
+#: Objects up to this size are read to be compared where the store keeps no metadata, bytes.
+_COMPARED_BYTES: Final = 1024 * 1024
+
+
+class Requests(Protocol):
+    """Where requests are carried out, several at a time."""
+
+    def submit(self, request: Callable[[], None]) -> None:
+        """Have it carried out soon; ``request`` never raises."""
+
+    def close(self) -> None:
+        """Begin nothing more; what is under way goes on."""
+
+
+class RequestThreads:
+    """Requests in threads, which are started as they are needed and are daemons.
+
+    Args:
+        name: of the database, in the threads' names.
+        most: requests at once.
+    """
+
+    def __init__(self, name: str, most: int) -> None:
+        self._name = name
+        self._most = most
+        # Guards `_busy` and `_threads`.
+        self._lock = threading.Lock()
+        self._busy = 0
+        self._threads = 0
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+
+    def submit(self, request: Callable[[], None]) -> None:
+        with self._lock:
+            self._busy += 1
+            start = self._busy > self._threads and self._threads < self._most
+            if start:
+                self._threads += 1
+        if start:
+            threading.Thread(
+                target=self._work, name=f"walship:{self._name}:request", daemon=True
+            ).start()
+        self._queue.put(request)
+
+    def _work(self) -> None:
+        while (request := self._queue.get()) is not None:
+            try:
+                request()
+            except Exception:
+                log.exception("%s: unexpected error in a request", self._name)
+            with self._lock:
+                self._busy -= 1
+
+    def close(self) -> None:
+        for _ in range(self._threads):
+            self._queue.put(None)
+
+
+class Sender:
+    """Puts segments of one database into its replica.  Thread-safe.
+
+    Args:
+        name: of the database, for the log.
+        capture: has the frozen bytes.
+        store: where they go; one attempt a call.
+        fence: whose lease they are sent under.
+    """
+
+    def __init__(
+        self, name: str, capture: Capture, store: ObjectStore, fence: Fence, clock: Clock
+    ) -> None:
+        self._name = name
+        self._capture = capture
+        self._store = store
+        self._fence = fence
+        self._clock = clock
+        self._conditional = True
+
+    def send(self, sealed: Sealed) -> float | None:
+        """Put one frozen segment into the replica, create-only; returns when it is there.
+
+        Returns:
+            When the request was begun that created it, by the monotonic clock; None if it was there
+            already.
+
+        Raises:
+            FencedError: another writer's bytes lie under this TXID.
+            StoreError: anything else.
+        """
+        body = self._capture.body(sealed)
+        if isinstance(body, bytes) and hashlib.sha256(body).hexdigest() != sealed.sha256:
+            raise ReplicaError(
+                f"the spool holds other bytes than were sealed as {sealed.txid:016x}"
+            )
+        key = segment_key(self._store, 0, sealed.txid, sealed.txid)
+        try:
+            return self._put(key, body, sealed)
+        except PreconditionFailed as error:
+            found = self._find(key)
+            if found is not None and same_bytes(self._store, found, sealed):
+                return None
+            if found is not None and self._is_void(found):
+                return self._put(key, body, sealed, instead_of=found)
+            raise self._fenced(sealed.txid) from error
+
+    def check_still_ours(self, sealed: Sealed) -> None:
+        """Raise if somebody has replaced an acknowledged segment: Litestream puts without asking.
+
+        Raises:
+            FencedError: it holds other bytes now.
+            StoreError: not known.
+        """
+        found = self._find(segment_key(self._store, 0, sealed.txid, sealed.txid))
+        if found is None:
+            return  # compacted away
+        if SHA256_METADATA not in found.metadata and sealed.size_bytes > _COMPARED_BYTES:
+            same = found.size_bytes == sealed.size_bytes
+        else:
+            same = same_bytes(self._store, found, sealed)
+        if not same:
+            raise self._fenced(sealed.txid)
+
+    def _is_void(self, found: ObjectInfo) -> bool:
+        """Whether nobody was ever told that this object had arrived."""
+        # A server may keep an empty one of an upload whose client died after its headers.
+        return not found.size_bytes or self._fence.is_outlived(found)
+
+    def _fenced(self, txid: int) -> FencedError:
+        try:
+            rival = self._fence.rival()
+        except StoreError:
+            rival = None
+        owner = f"the writer is now {rival}" if rival else "it gives no name: Litestream, perhaps"
+        return FencedError(
+            f"another writer has put txid {format_txid(txid)} into {self._store.url} ({owner}): "
+            "this database is not shipped any more; stop one of the two writers, then restore this "
+            "side, or `walship reset` it to make it the replica's next state"
+        )
+
+    def _put(
+        self,
+        key: str,
+        body: bytes | Path,
+        sealed: Sealed,
+        *,
+        instead_of: ObjectInfo | None = None,
+    ) -> float:
+        metadata = {SHA256_METADATA: sealed.sha256}
+        if self._fence.epoch:
+            metadata[EPOCH_METADATA] = str(self._fence.epoch)
+        if_match = instead_of.etag if instead_of is not None else None
+        began = self._clock.monotonic()
+        try:
+            self._store.put(
+                key,
+                body,
+                timestamp_ms=sealed.timestamp_ms,
+                metadata=metadata,
+                if_absent=self._conditional and instead_of is None,
+                if_match=if_match if self._conditional else None,
+            )
+        except StoreError as error:
+            if not self._conditional or error.code != "NotImplemented":
+                raise
+            log.warning("%s: %s has no conditional writes", self._name, self._store.url)
+            self._conditional = False
+            self._store.put(key, body, timestamp_ms=sealed.timestamp_ms, metadata=metadata)
+        return began
+
+    def _find(self, key: str) -> ObjectInfo | None:
+        try:
+            return self._store.head(key)
+        except ObjectNotFound:
+            return None
+
+
+def same_bytes(store: ObjectStore, info: ObjectInfo, sealed: Sealed) -> bool:
+    """Whether an object is the segment that was frozen here; ``info`` is from a HEAD."""
+    return info.size_bytes == sealed.size_bytes and has_sha256(store, info, sealed.sha256)
+
+
+def has_sha256(store: ObjectStore, info: ObjectInfo, sha256: str) -> bool:
+    """Whether an object's content has this digest (hex); ``info`` is from a HEAD.
+
+    The one in the object's metadata decides; without it (a directory, another writer's object) the
+    content is read.
+    """
+    recorded = info.metadata.get(SHA256_METADATA)
+    if recorded is not None:
+        return recorded == sha256
+    return sha256_of(lambda offset, length: store.get(info.key, offset, length)) == sha256
+
+
+def sha256_of(read: Callable[[int, int], bytes]) -> str:
+    """Hex digest of everything that ``read(offset, length)`` gives, in pieces of 8 MiB."""
+    digest = hashlib.sha256()
+    offset, length = 0, 8 * 1024 * 1024
+    while data := read(offset, length):
+        digest.update(data)
+        offset += len(data)
+        if len(data) < length:
+            break
+    return digest.hexdigest()
