@@ -254,6 +254,31 @@ class Capture:
         with self.mutex:
             self._spool.record(replace(self.state, **changes), durable=durable)
 
+    def is_untouched(self) -> bool:
+        """Whether the main file is what the record says, and there is no WAL."""
+        state = self.state
+        return (
+            state.fingerprint is not None
+            and state.fingerprint == self._fingerprint()
+            and self._wal.header() is None
+        )
+
+    def restored(self, txid: int, page_size: int, commit: int) -> None:
+        """Record that the main file holds the replica's state at a TXID, and there is no WAL."""
+        with self.mutex:
+            after = replace(
+                self._unproven(),
+                txid=txid,
+                acked_txid=txid,
+                sha256="",
+                page_size=page_size,
+                commit=commit,
+                wal_gone=True,
+                resync="",
+                fingerprint=self._settled_fingerprint(),
+            )
+            self._spool.record(after, drop_pieces=True, drop_segments=True)
+
     def refresh(self, *, wait: bool = True) -> State:
         """The state, with what other processes have recorded until now.
 

@@ -9,6 +9,8 @@ the replica                                           then
 is empty                                              start with a full copy as TXID 1
 ends where our record ends                            go on
 is ahead by segments whose bytes lie in our spool     they are ours: count them as sent
+is ahead of what was restored here, and nobody has    catch up, and go on
+opened that since
 is ahead, and the database is page for page its head  take over: go on at its TXID + 1
 is ahead, and a Litestream state directory beside     take over with a full copy at its TXID + 1
 the database holds the very same head
@@ -21,12 +23,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from .capture import Capture
+from .catchup import CaughtUp, catch_up
 from .clock import Clock
 from .errors import ContinuityError, FormatError, RestoreError
 from .format.ltx import decode
@@ -36,10 +39,12 @@ from .sender import has_sha256, same_bytes
 from .spool import State, new_lineage
 from .store.base import ObjectStore, SegmentInfo, list_segments
 
-__all__ = ["reconcile", "replica_head"]
+__all__ = ["CATCHING_UP", "reconcile", "replica_head"]
 
 log = logging.getLogger("walship.continuity")
 
+#: Why a file is no state of the database: it was being brought up to date.
+CATCHING_UP: Final = "the database was being brought up to date with its replica"
 #: Attempts at a view of the whole database beside busy writers, and the pause between them.
 _VIEW_ATTEMPTS: Final = 200
 _VIEW_PAUSE_S: Final = 0.01
@@ -61,13 +66,21 @@ def replica_head(store: ObjectStore, *, after_txid: int | None = None) -> Segmen
     return head
 
 
-def reconcile(capture: Capture, store: ObjectStore, clock: Clock, *, adopt: bool = False) -> None:
+def reconcile(
+    capture: Capture,
+    store: ObjectStore,
+    clock: Clock,
+    *,
+    adopt: bool = False,
+    reserve: Callable[[], bool] = lambda: False,
+) -> None:
     """Bring record and replica together, or refuse.
 
     Afterwards the next TXID may be given.  Safe to call again after a `StoreError`.
 
     Args:
         adopt: in doubt, let the local database become the replica's next TXID.
+        reserve: asks for the database file, to bring it up to date; false if a connection has it.
 
     Raises:
         ContinuityError: they do not continue each other; nothing was written.
@@ -75,6 +88,9 @@ def reconcile(capture: Capture, store: ObjectStore, clock: Clock, *, adopt: bool
     """
     state = capture.state
     if state.lineage and state.replica == store.url:
+        if _can_catch_up(capture) and reserve():
+            _catch_up(capture, store, clock)
+            return
         head = _check_own_record(capture, store)
         if head is None:
             _check_suspicion(capture, store, adopt)
@@ -85,6 +101,49 @@ def reconcile(capture: Capture, store: ObjectStore, clock: Clock, *, adopt: bool
             _start(capture, store, 0, "first copy to this replica")
             return
     _take_over(capture, store, clock, head, adopt)
+
+
+def _can_catch_up(capture: Capture) -> bool:
+    """Whether the file is what a restore has made of this replica, or a catch-up of it began."""
+    state = capture.state
+    if state.resync == CATCHING_UP:
+        return True
+    return (
+        not state.resync
+        and not state.sha256
+        and state.txid == state.acked_txid > 0
+        and not (state.pieces or state.segments)
+        and capture.is_untouched()
+    )
+
+
+def _catch_up(capture: Capture, store: ObjectStore, clock: Clock) -> None:
+    """Bring a restored file to the newest state of the replica: somebody went on meanwhile."""
+    before = capture.state.txid
+    path = Path(capture.path)
+
+    def begin() -> None:
+        capture.amend(durable=True, resync=CATCHING_UP, fingerprint=None, wal_gone=True)
+
+    caught_up: CaughtUp | None = None
+    if capture.state.resync != CATCHING_UP:
+        try:
+            caught_up = catch_up(store, path, before, begin)
+        except FormatError as error:
+            log.error("%s: %s", path.name, error)
+        if caught_up is not None and not caught_up.n_segments:
+            return
+    if caught_up is None:
+        log.warning("%s: not brought up to date; restoring all of it", path.name)
+        result = restore(store, path, clock=clock, overwrite=True)
+        caught_up = CaughtUp(result.txid or 0, result.page_size, result.commit, result.n_segments)
+    log.info(
+        "%s: caught up with the replica from txid %s to %s",
+        path.name,
+        format_txid(before),
+        format_txid(caught_up.txid),
+    )
+    capture.restored(caught_up.txid, caught_up.page_size, caught_up.commit)
 
 
 def _check_own_record(capture: Capture, store: ObjectStore) -> SegmentInfo | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
@@ -17,9 +18,16 @@ from typing import Final
 
 from .capture import Capture, TailLost
 from .clock import Clock, SystemClock
-from .continuity import reconcile, replica_head
+from .continuity import CATCHING_UP, reconcile, replica_head
 from .election import InUseError
-from .errors import ClosedError, ConfigError, ContinuityError, NoBackupError, ReplicaError
+from .errors import (
+    ClosedError,
+    ConfigError,
+    ContinuityError,
+    NoBackupError,
+    ReplicaError,
+    StoreUnavailable,
+)
 from .fence import Fence, owner_name
 from .format.ltx import PageEncoding
 from .format.types import format_txid
@@ -168,6 +176,9 @@ class Engine:
         self._adopt = settings.adopt
         self._last = True
         self._has_waited = False
+        # Guards the decision whether connections or a catch-up have the database file.
+        self._admission = threading.Lock()
+        self._reserved = False
         #: Raised at every commit frame while it is set.
         self.refusal: RefusedError | FencedError | None = None
 
@@ -210,8 +221,7 @@ class Engine:
 
     def _begin_alone(self) -> None:
         """No other process has the database open: judge the files as they were left."""
-        if self._spool.state.refusal:
-            self.capture.amend(refusal=())
+        self.capture.amend(refusal=(), admitted=False)
         try:
             self.capture.prove()
         except TailLost as lost:
@@ -221,9 +231,11 @@ class Engine:
         self.fence.acquire()
         state = self.capture.state
         adopt = self._adopt or state.adopt
-        reconcile(self.capture, self._retrying(attempts=2), self._clock, adopt=adopt)
-        if state.adopt:
-            self.capture.amend(adopt=False)
+        store = self._retrying(attempts=2)
+        reconcile(self.capture, store, self._clock, adopt=adopt, reserve=self._reserve)
+        with self._admission:
+            self._reserved = False
+            self.capture.amend(admitted=True, adopt=False)
         log.info(
             "%s -> %s, at txid %s",
             self.name,
@@ -232,9 +244,14 @@ class Engine:
         )
 
     def _is_reconciled(self) -> bool:
-        """Whether the process that uploads has found record and replica to agree."""
-        state = self.capture.state
-        return bool(state.lineage) and state.replica == self._store.url
+        """Whether the process that opened the database first has let connections in."""
+        return self.capture.state.admitted
+
+    def _reserve(self) -> bool:
+        """Ask for the database file, to change it; false once connections were let in."""
+        with self._admission:
+            self._reserved = not self.capture.refresh().admitted
+            return self._reserved
 
     def _recorded_refusal(self) -> ReplicaError | None:
         refusal = self.capture.refresh(wait=False).refusal
@@ -332,18 +349,39 @@ class Engine:
 
         Raises:
             ContinuityError: database and replica do not continue each other.
+            FencedError: another writer has the replica.
+            StoreUnavailable: the file is half way to a newer state; it must not be used.
         """
         if self._has_waited:
             return
         limit_s = self.settings.open_timeout_s + self.settings.fence_wait_s
         answered = self.uploader.wait_reconciled(limit_s)
-        self._has_waited = True
+        with self._admission:
+            if not answered:
+                self._admit_unanswered()
+            self._has_waited = True
         if not answered:
             log.warning(
                 "%s: %s does not answer; commits stay in the WAL until it does",
                 self.name,
                 self._store.url,
             )
+
+    def _admit_unanswered(self) -> None:
+        """The replica does not answer: let connections in, if the files are not being changed."""
+        state = self.capture.refresh()
+        if self._reserved or state.resync == CATCHING_UP:
+            raise StoreUnavailable(
+                f"{self.path} is being brought up to date with {self._store.url}, which does not "
+                "answer in time: open it again later, or set open-timeout higher"
+            )
+        if not state.admitted:
+            if not self.uploader.leads:
+                raise StoreUnavailable(
+                    f"{self.path} is still being opened by another process, which waits for "
+                    f"{self._store.url}: open it again later"
+                )
+            self.capture.amend(admitted=True)
 
     @staticmethod
     def sync_descriptor(fd: int) -> None:

@@ -16,7 +16,7 @@ from walship.replica.errors import ConfigError, GapError, NoBackupError
 from walship.replica.format.types import LEVEL_SNAPSHOT, format_txid
 from walship.replica.store.base import SegmentInfo
 
-__all__ = ["Plan", "format_time", "plan"]
+__all__ = ["Plan", "format_time", "plan", "plan_from"]
 
 #: How many later TXIDs are tried when an error message looks for one that can be restored.
 _NEAREST_TRIES: Final = 32
@@ -88,14 +88,25 @@ def format_time(timestamp_ms: int) -> str:
     return f"{moment:%Y-%m-%dT%H:%M:%S}.{timestamp_ms % 1000:03d}Z"
 
 
+def plan_from(segments: Iterable[SegmentInfo], txid: int) -> list[SegmentInfo]:
+    """The segments that lead from the state at a TXID, which is there, to the newest, oldest first.
+
+    Snapshots are not used.  Ends before a gap; empty if nothing continues from there.
+    """
+    return _extend([], txid, sorted(segments))
+
+
 def _chain(listing: Sequence[SegmentInfo]) -> list[SegmentInfo]:
     """The segments of a sorted listing that reach the highest TXID without a gap, oldest first."""
-    chain: list[SegmentInfo] = []
-    reached = 0
     snapshots = [segment for segment in listing if segment.level == LEVEL_SNAPSHOT]
-    if snapshots:
-        chain.append(snapshots[-1])
-        reached = snapshots[-1].max_txid
+    newest = snapshots[-1:]
+    return _extend(newest, _reach(newest), listing)
+
+
+def _extend(
+    chain: list[SegmentInfo], reached: int, listing: Sequence[SegmentInfo]
+) -> list[SegmentInfo]:
+    """Append to a chain what continues it, from the levels below the snapshots."""
     # Once a segment may continue the chain it stays a candidate, so one pass in the order of the
     # first TXID is enough; only the best candidate so far can ever be chosen.
     pending = iter(sorted((s for s in listing if s.level != LEVEL_SNAPSHOT), key=_by_min_txid))

@@ -181,6 +181,7 @@ class State:
         nonces: of the leases that this state directory may hold in the replica (`fence`).
         fence_tested: URL of the replica whose conditional writes were seen to work; or empty.
         refusal: why no process may commit any more: class name and message; or empty.
+        admitted: connections may use the files: they are not going to be changed under them.
         adopt: somebody decided that this database becomes the replica's next state, whatever the
             replica holds now.
         pieces: sealed by a gate and not in a segment yet, oldest first.
@@ -205,6 +206,7 @@ class State:
     nonces: tuple[str, ...] = ()
     fence_tested: str = ""
     refusal: tuple[str, ...] = ()
+    admitted: bool = True
     adopt: bool = False
     pieces: tuple[Sealed, ...] = ()
     segments: tuple[Sealed, ...] = ()
@@ -257,6 +259,7 @@ def _scalars(state: State) -> dict[str, Any]:
         "nonces": list(state.nonces),
         "fence_tested": state.fence_tested,
         "refusal": list(state.refusal),
+        "admitted": state.admitted,
         "adopt": state.adopt,
     }
 
@@ -284,6 +287,7 @@ def _with_scalars(state: State, meta: dict[str, Any]) -> State:
         nonces=tuple(meta.get("nonces", ())),
         fence_tested=meta.get("fence_tested", ""),
         refusal=tuple(meta.get("refusal", ())),
+        admitted=meta.get("admitted", True),
         adopt=meta.get("adopt", False),
     )
 
