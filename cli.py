@@ -38,8 +38,11 @@ from walship.replica.errors import (
     ReplicaError,
     StoreError,
 )
+from walship.replica.files import Files
 from walship.replica.format.types import LEVEL_MAX, format_segment_name, format_txid, parse_txid
+from walship.replica.peers import ask_leader
 from walship.replica.plan import format_time
+from walship.replica.reset import reset
 from walship.replica.restore import (
     RestoreResult,
     Source,
@@ -130,8 +133,6 @@ _ELSEWHERE: Final[Mapping[str, str]] = {
     "generations": "there are no generations any more; `walship ltx -level all` lists the replica",
     "replicate": "not supported yet; the application itself replicates when it opens its database"
     " with walship.connect(path, replica=...)",
-    "reset": "not supported yet; adopt=True of walship.connect makes the local database the next"
-    " state of its replica",
     "sync": "walship runs inside the application: call walship.replication(db).sync() there",
     "info": "walship runs inside the application: see walship.replication(db).status() there",
     "list": "walship runs inside the application; `walship databases` lists the configuration file",
@@ -141,6 +142,11 @@ _ELSEWHERE: Final[Mapping[str, str]] = {
     "stop": "walship runs inside the application: close the database there",
     "mcp": "not supported",
 }
+
+#: How long `status` waits for a process that has the database open, seconds.
+_ASK_S: Final = 1.0
+#: What it needs of that process's answer.
+_STATUS_KEYS: Final = frozenset({"state", "txid", "replicated_txid", "lag_s", "last_error"})
 
 _RELATIVE_RE: Final = re.compile(r"-\s*\d")
 
@@ -393,6 +399,14 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("database", metavar="DB", nargs="?", help="only this database")
     _config(made)
     _json(made)
+
+    made = command(
+        "reset",
+        _reset,
+        "forget what is recorded beside a database: it becomes its replica's next state",
+    )
+    made.add_argument("database", metavar="DB", help="the database; no process may have it open")
+    _config(made)
 
     made = command("version", _version, "print the version")
     _option(made, "verbose", action="store_true", help="also those of what it runs on")
@@ -671,9 +685,8 @@ def _databases(arguments: argparse.Namespace, clock: Clock) -> int:
     return EXIT_OK
 
 
-def _status(arguments: argparse.Namespace, clock: Clock) -> int:
-    """Local state of databases, and the replica's newest TXID where a replica is known."""
-    found: list[tuple[Path, Path, ReplicaSettings | None]] = []
+def _chosen(arguments: argparse.Namespace) -> list[tuple[Path, Path, ReplicaSettings | None]]:
+    """Databases that are meant: path, state directory, and replica where one is known."""
     if arguments.config is not None:
         settings = _required_config(arguments)
         databases: Sequence[DatabaseSettings] = settings.databases
@@ -682,15 +695,32 @@ def _status(arguments: argparse.Namespace, clock: Clock) -> int:
             if wanted is None:
                 raise ConfigError(f"{arguments.database} is not in {arguments.config}")
             databases = [wanted]
-        found = [(each.path, each.meta_path, each.replica) for each in databases]
-    elif arguments.database is not None:
+        return [(each.path, each.meta_path, each.replica) for each in databases]
+    if arguments.database is not None:
         path = database_path(arguments.database)
-        found = [(path, state_directory(path), default_replica())]
-    else:
-        raise ConfigError("which database? Try: walship status app.db, or -config walship.yml")
+        return [(path, state_directory(path), default_replica())]
+    raise ConfigError(
+        f"which database? Try: walship {arguments.command} app.db, or -config walship.yml"
+    )
+
+
+def _reset(arguments: argparse.Namespace, clock: Clock) -> int:
+    for path, directory, _ in _chosen(arguments):
+        if not path.exists():
+            raise ConfigError(f"there is no database {path}")
+        txid = reset(directory, clock)
+        before = f" (its record ended at TXID {format_txid(txid)})" if txid else ""
+        _say(
+            f"{path} was reset{before}: the next open ships a full copy as its replica's next state"
+        )
+    return EXIT_OK
+
+
+def _status(arguments: argparse.Namespace, clock: Clock) -> int:
+    """How databases stand: by the process that uploads, else by what it left behind."""
     code = EXIT_OK
     rows = []
-    for path, directory, replica in found:
+    for path, directory, replica in _chosen(arguments):
         row, error = _database_status(path, directory, replica, clock)
         rows.append(row)
         if error is not None:
@@ -699,7 +729,7 @@ def _status(arguments: argparse.Namespace, clock: Clock) -> int:
     if arguments.json:
         _print_json(rows)
     else:
-        columns = ["database", "status", "local_txid", "replica_txid", "wal_size"]
+        columns = ["database", "status", "local_txid", "replica_txid", "lag", "wal_size"]
         headings = [name.replace("_", " ") for name in columns]
         _print_table(headings, [[row[name] for name in columns] for row in rows])
     return code
@@ -714,6 +744,7 @@ def _database_status(
         "status": "no database",
         "local_txid": "-",
         "replica_txid": "-",
+        "lag": "-",
         "wal_size": "-",
     }
     problem: ReplicaError | None = None
@@ -721,6 +752,15 @@ def _database_status(
         row["status"] = "not initialized"
         wal = Path(f"{path}-wal")
         row["wal_size"] = _human_size(wal.stat().st_size if wal.exists() else 0)
+    running = _ask_running(directory)
+    if running is not None:
+        row["status"] = str(running["state"])
+        row["local_txid"] = format_txid(running["txid"]) if running["txid"] else "-"
+        newest = running["replicated_txid"]
+        row["replica_txid"] = format_txid(newest) if newest else "-"
+        row["lag"] = f"{running['lag_s']:.1f} s"
+        error = running["last_error"]
+        return row, None if error is None else ReplicaError(f"{path}: {error}")
     try:
         state = read_state(directory)
     except (ReplicaError, OSError) as error:
@@ -730,7 +770,7 @@ def _database_status(
         if state is not None and state.txid:
             row["local_txid"] = format_txid(state.txid)
             if path.exists():
-                row["status"] = "ok"
+                row["status"] = "not open"
     if replica is not None:
         try:
             with _opened(replica, clock) as store:
@@ -740,6 +780,16 @@ def _database_status(
             row["status"] = "error"
             problem = problem or error
     return row, problem
+
+
+def _ask_running(directory: Path) -> Mapping[str, Any] | None:
+    """The status of a database that some process has open, by the one that uploads."""
+    try:
+        answer = ask_leader(Files(), directory, {"op": "status"}, _ASK_S)
+    except OSError:
+        return None  # no state directory, or not ours to write to
+    status = (answer or {}).get("status")
+    return status if isinstance(status, dict) and status.keys() >= _STATUS_KEYS else None
 
 
 def _version(arguments: argparse.Namespace, clock: Clock) -> int:

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -568,7 +568,14 @@ class Engine:
             self._last = self._spool.leave()
         if not self._last:
             return True
-        return self.drain(timeout)
+        deadline = self._clock.monotonic() + timeout
+        if not self.drain(timeout):
+            return False
+        # The next writer need not wait then.  A store that does not answer is not waited for.
+        released = self.uploader.release_lease()
+        with contextlib.suppress(TimeoutError, CancelledError):
+            released.result(max(0.0, deadline - self._clock.monotonic()))
+        return True
 
     def come_back(self) -> None:
         """A connection was opened after `leave` had begun."""
@@ -594,9 +601,7 @@ class Engine:
             return
         self._closed = True
         self.uploader.stop()
-        if self._last and drained:
-            self.fence.release()
-        elif not drained and self.uploader.fatal is None:
+        if not drained and self.uploader.fatal is None:
             state = self.capture.state
             log.warning(
                 "%s: closed with %d sealed bytes behind txid %s that are not in %s yet; they are "

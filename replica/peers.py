@@ -32,7 +32,7 @@ from typing import Any, Final
 
 from .files import Files
 
-__all__ = ["Message", "Peers", "Pipe", "read_leader"]
+__all__ = ["Message", "Peers", "Pipe", "ask_leader", "read_leader"]
 
 log = logging.getLogger("walship.peers")
 
@@ -226,6 +226,23 @@ class Peers:
         """In a forked child: the pipe is the parent's."""
         self._ending = True
         self._pipe.close(unlink=False)
+
+
+def ask_leader(
+    files: Files, directory: Path, question: Message, timeout_s: float
+) -> Message | None:
+    """Ask from outside: the answer of the process that uploads; None if there is none in time."""
+    leader = read_leader(files, directory)
+    if leader is None:
+        return None
+    pipe = Pipe(files, directory)
+    try:
+        if not pipe.send(leader, {**question, "from": pipe.name, "id": 0}):
+            return None
+        messages = pipe.receive(timeout_s)
+        return messages[0] if messages else None
+    finally:
+        pipe.close()
 
 
 def read_leader(files: Files, directory: Path) -> str | None:

@@ -233,6 +233,18 @@ class Uploader:
         self._poke()
         return future
 
+    def release_lease(self) -> Future[None]:
+        """Give the lease up, after everything was shipped; done when the store has answered."""
+        future: Future[None] = Future()
+
+        def release() -> None:
+            self._fence.release()
+            if future.set_running_or_notify_cancel():
+                future.set_result(None)
+
+        self._requests.submit(release)
+        return future
+
     def answered(self, message: Message) -> None:
         """The leader has answered what this process asked."""
         ticket = message.get("id")
