@@ -1,0 +1,56 @@
+"""Forgets what is recorded beside a database: it becomes its replica's next state, as it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from .clock import Clock
+from .election import InUseError
+from .files import Files
+from .spool import Spool
+from .sqlite import RefusedError
+
+__all__ = ["reset"]
+
+
+def reset(directory: Path, clock: Clock) -> int:
+    """Let the database whose state directory this is start anew.
+
+    The next process that opens it ships a full copy behind whatever the replica holds then;
+    nothing is deleted there.  Commits that were sealed here and not shipped are in the database.
+
+    Returns:
+        The highest TXID that had been given here; 0 without a record.
+
+    Raises:
+        RefusedError: a process has the database open.
+        SpoolError: the state directory cannot be written.
+    """
+    in_use = f"{directory} is in use: close the database in every process first"
+    try:
+        spool = Spool.open(directory, clock, Files())
+    except InUseError as error:
+        raise RefusedError(in_use) from error
+    try:
+        if not spool.alone:
+            raise RefusedError(in_use)
+        state = spool.state
+        fresh = replace(
+            state,
+            lineage="",
+            position=None,
+            previous=None,
+            fingerprint=None,
+            wal_gone=False,
+            copying=False,
+            commit=0,
+            resync="it was reset",
+            suspect=False,
+            refusal=(),
+            adopt=True,
+        )
+        spool.record(fresh, drop_pieces=True, drop_segments=True)
+        return state.txid
+    finally:
+        spool.close()
