@@ -38,6 +38,7 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.directory = Path(tempfile.mkdtemp(prefix="walship-machine-"))
         self.patch = pytest.MonkeyPatch()
+        self.patch.setattr("walship.replica.uploader._JOIN_S", 0.02)
         self.stores = Stores(self.patch)
         self.connections: list[walship.Connection] = []
         self.outage = False
@@ -55,6 +56,7 @@ class Machine(RuleBasedStateMachine):
             sync_interval=interval,
             max_sync_wal_bytes=limit,
             shutdown_sync_timeout="0.05s",
+            open_timeout="0.05s",  # with puts held up, the lease cannot be taken
         )
         self.connections = [self.database.connect()]
         self.writer.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, b BLOB)")
@@ -137,7 +139,7 @@ class Machine(RuleBasedStateMachine):
             for file in files:
                 if file.exists():
                     shutil.copy2(file, saved)
-            shutil.copytree(state, saved / "state")
+            shutil.copytree(state, saved / "state", ignore=shutil.ignore_patterns("*.fifo"))
         self.close_all()
         self.stores.fail(before=0.0, after=0.0)
         for file in (*files, Path(f"{self.database.path}-shm")):
