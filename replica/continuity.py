@@ -284,8 +284,8 @@ def _take_over(
     mine = f"its record ends at txid {format_txid(state.txid)}" if known else "it has no record"
     raise ContinuityError(
         f"{store.url} already ends at txid {format_txid(head.max_txid)}, which {capture.path} does "
-        f"not continue ({mine}): restore from it first, replicate to a new path, or open with "
-        "adopt=True to make this database its next state",
+        f"not continue ({mine}): replace it with `walship restore`, replicate it to a new path, or "
+        "make it the replica's next state with `walship reset` (or adopt=True)",
         local_txid=state.txid if known else None,
         replica_txid=head.max_txid,
     )

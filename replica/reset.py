@@ -17,8 +17,9 @@ __all__ = ["reset"]
 def reset(directory: Path, clock: Clock) -> int:
     """Let the database whose state directory this is start anew.
 
-    The next process that opens it ships a full copy behind whatever the replica holds then;
-    nothing is deleted there.  Commits that were sealed here and not shipped are in the database.
+    The next process that opens it ships a full copy behind whatever the replica holds then, unless
+    that is page for page the same; nothing is deleted there.  Commits that were sealed here and not
+    shipped are in the database.
 
     Returns:
         The highest TXID that had been given here; 0 without a record.

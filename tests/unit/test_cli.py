@@ -436,7 +436,8 @@ def test_status(run: Run, replica: str, tmp_path: Path) -> None:
             "status": "not initialized",
             "local_txid": "-",
             "replica_txid": "0000000000000013",
-            "wal_size": "4.2 kB",
+            "lag": "-",
+                "wal_size": "4.2 kB",
         },
         {
             "database": f"{tmp_path}/b.db",
