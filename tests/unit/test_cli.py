@@ -437,13 +437,14 @@ def test_status(run: Run, replica: str, tmp_path: Path) -> None:
             "local_txid": "-",
             "replica_txid": "0000000000000013",
             "lag": "-",
-                "wal_size": "4.2 kB",
+            "wal_size": "4.2 kB",
         },
         {
             "database": f"{tmp_path}/b.db",
             "status": "no database",
             "local_txid": "-",
             "replica_txid": "-",
+            "lag": "-",
             "wal_size": "-",
         },
     ]
