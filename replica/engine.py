@@ -174,6 +174,7 @@ class Engine:
         )
         self._closed = False
         self._adopt = settings.adopt
+        self._was_alone = spool.alone
         self._last = True
         self._has_waited = False
         # Guards the decision whether connections or a catch-up have the database file.
@@ -376,7 +377,7 @@ class Engine:
                 "answer in time: open it again later, or set open-timeout higher"
             )
         if not state.admitted:
-            if not self.uploader.leads:
+            if not (self._was_alone or self.uploader.leads):
                 raise StoreUnavailable(
                     f"{self.path} is still being opened by another process, which waits for "
                     f"{self._store.url}: open it again later"

@@ -243,6 +243,9 @@ class SqlitePort:
         self._probe = None
         for connection in list(self._owned):
             connection.close(True)
+        if self._watch >= 0:
+            os.close(self._watch)  # a child has no locks yet that this could drop
+            self._watch = -1
 
     @contextmanager
     def read_view(self, observe: Callable[[int], None]) -> Iterator[ReadView | None]:

@@ -510,6 +510,7 @@ class Uploader:
             self._reconcile()
         except (ContinuityError, FencedError, RefusedError) as error:
             self._give_up(error, everywhere=True)
+            self._fence.release()  # for somebody who may go on
             raise
         state = self._capture.state
         for sealed in state.segments:

@@ -450,7 +450,14 @@ def test_status(run: Run, replica: str, tmp_path: Path) -> None:
     ]
     code, out, _ = run("status", tmp_path / "a.db")
     assert code == 0
-    assert out.splitlines()[1].split() == [f"{tmp_path}/a.db", "not", "initialized", "-", "-"] + [
+    assert out.splitlines()[1].split() == [
+        f"{tmp_path}/a.db",
+        "not",
+        "initialized",
+        "-",
+        "-",
+        "-",
+    ] + [
         "4.2",
         "kB",
     ]
