@@ -82,8 +82,9 @@ def run_from(site: Path, code: str) -> Any:
 
 def expected_files(tree: Path) -> dict[str, bytes]:
     """Every file a wheel must hold below ``walship/``, by its name there."""
-    files = {f"walship/{name}": tree / "src/walship" / name for name in ("__init__.py", "py.typed")}
-    files["walship/cli.py"] = tree / "cli.py"
+    package = tree / "src/walship"
+    files = {f"walship/{path.name}": path for path in package.glob("*.py") if path.is_file()}
+    files["walship/py.typed"] = package / "py.typed"
     for top in ("vfs", "replica"):
         for path in (tree / top).rglob("*.py"):
             files[f"walship/{path.relative_to(tree)}"] = path
