@@ -673,6 +673,7 @@ class Capture:
         now = self.state
         if not now.copying:
             return None
+        self._wal.sync()  # nothing may be in the replica that a power cut here can take back
         now = replace(now, copying=False, page_size=page_size, resync="", suspect=False)
         if now.wal_gone:
             now = replace(now, commit=commit, fingerprint=self._settled_fingerprint())

@@ -46,7 +46,7 @@ from .sqlite import (
     require_sqlite,
 )
 from .store.base import ObjectStore
-from .store.local import sync_data
+from .store.local import fsync_directory, sync_data
 from .store.opening import open_store
 from .store.retrying import RetryingStore
 from .store.settings import LocalSettings
@@ -388,6 +388,11 @@ class Engine:
     def sync_descriptor(fd: int) -> None:
         """Make what was written to a file survive a power cut; the GIL is free meanwhile."""
         sync_data(fd)
+
+    @staticmethod
+    def sync_directory_of(path: str) -> None:
+        """Make the name of a file survive a power cut; the GIL is free meanwhile."""
+        fsync_directory(Path(path).parent)
 
     def main_descriptor(self) -> int | None:
         """A descriptor on the main file to sync it through, so that the GIL is free meanwhile."""

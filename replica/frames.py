@@ -49,6 +49,7 @@ class WalReader:
         self.files = files
         self.fd = -1
         self._identity: tuple[int, int] | None = None
+        self._is_named = False  # for certain: the directory was synced since the file appeared
 
     def refresh(self) -> bool:
         """Follow the path to the file that is there now; False without a file."""
@@ -65,6 +66,7 @@ class WalReader:
                 return False
             status = self.files.fstat(self.fd)
             self._identity = (status.st_dev, status.st_ino)
+            self._is_named = False
         return True
 
     def header(self) -> WalHeader | None:
@@ -92,9 +94,13 @@ class WalReader:
         return parse_frame_header(data) if len(data) == FRAME_HEADER_SIZE else None
 
     def sync(self) -> None:
-        """Make everything in the WAL survive a power cut; releases the GIL."""
-        if self.fd >= 0:
-            self.files.sync(self.fd)
+        """Make the WAL and everything in it survive a power cut; releases the GIL."""
+        if self.fd < 0:
+            return
+        self.files.sync(self.fd)
+        if not self._is_named:
+            self.files.sync_directory(os.path.dirname(self.path))
+            self._is_named = True
 
     def close(self) -> None:
         if self.fd >= 0:

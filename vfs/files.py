@@ -57,6 +57,7 @@ _unlock = apsw.VFSFile.xUnlock
 _close = apsw.VFSFile.xClose
 
 sync_descriptor = Engine.sync_descriptor
+sync_directory_of = Engine.sync_directory_of
 
 
 # The main file that was locked last in this thread: SQLite opens the -wal right after that, and
@@ -244,6 +245,7 @@ class WalFile(apsw.VFSFile):
         self._engine = main.engine
         self._path = os.fspath(name if isinstance(name, str) else name.filename())
         self._fd = -1
+        self._is_named = False  # for certain: the directory was synced since the file was opened
 
     def xWrite(self, data: bytes, offset: int) -> None:
         try:
@@ -276,6 +278,10 @@ class WalFile(apsw.VFSFile):
             if self._fd < 0:
                 self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
             sync_descriptor(self._fd)
+            if not self._is_named:
+                # The first time its name too, as SQLite does: who opens a WAL may have made it.
+                sync_directory_of(self._path)
+                self._is_named = True
         except BaseException as error:
             raise _as_io_error(error, "the write-ahead log could not be synced") from error
 
