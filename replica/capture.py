@@ -511,7 +511,9 @@ class Capture:
             if self.full_copy_reason is not None:
                 return None
             found = self._new_frames(limit=not self.state.pieces)
-            if found is not None:
+            # Pieces that fill the spool go first: what is new follows in a segment of its own.
+            follows = found is not None and bool(self.state.pieces) and self._spool.is_full
+            if found is not None and not follows:
                 batch, page_size = found
                 self._wal.sync()
                 if not self.state.pieces:
@@ -519,7 +521,9 @@ class Capture:
                 self._seal_piece(batch, self._after(batch), page_size, self._port.read_main)
             if not self.state.pieces:
                 return None
-        return self._freeze_pieces()
+        sealed = self._freeze_pieces()
+        self.more = self.more or follows
+        return sealed
 
     def merge_pieces(self, *, everything: bool = False) -> None:
         """Merge the newest pieces while they may not be sent: the last version of a page counts.

@@ -476,6 +476,11 @@ class Spool:
         """What the journal says; immutable, so any thread may keep it."""
         return self._state
 
+    @property
+    def is_full(self) -> bool:
+        """Whether so much waits here that another piece is refused (max-spool-bytes)."""
+        return 0 < self.max_bytes < self._state.pending_bytes
+
     # -- writing ------------------------------------------------------------------------------
 
     def record(
@@ -558,7 +563,7 @@ class Spool:
     ) -> None:
         file: str | None = None
         pieces: Sequence[Any] = ()
-        if kind is _Kind.PIECE and 0 < self.max_bytes < self._state.pending_bytes:
+        if kind is _Kind.PIECE and self.is_full:
             raise SpoolError(f"the spool in {self.directory} is full (max-spool-bytes)")
         if isinstance(body, str):
             file = body
