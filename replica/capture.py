@@ -166,6 +166,8 @@ class Capture:
     def _prove(self) -> tuple[str, bool] | None:
         """None, or why history is not continuous and whether commits may have been lost."""
         state = self.state
+        if state.set_aside:
+            raise TailLost("its files were being replaced from the replica")
         if state.resync:
             return state.resync, state.suspect
         unchanged = state.fingerprint is not None and state.fingerprint == self._fingerprint()
@@ -432,7 +434,12 @@ class Capture:
     def _rest_of_wal(
         self, old: WalPosition, header: WalHeader, read_main: Callable[[int, int], bytes]
     ) -> Batch | None:
-        """What a WAL that is about to go still holds; every commit of it is in the main file."""
+        """What a WAL that is about to go still holds; every commit of it is in the main file.
+
+        The batch ends at the last frame that is known to be committed.  It may hold pages of frames
+        behind that, but the position must not: a crash now brings this WAL back, and SQLite then
+        writes its next commits over what never was one.
+        """
         end = old.frame
         if self._known_end is not None and self._known_end[0] == old.salts:
             end = max(end, self._known_end[1])
@@ -441,12 +448,11 @@ class Capture:
         # Frames behind the known end: commits of a writer that died before it rang, or ghosts that
         # never were commits.  Their page numbers with the main file's content are right for both.
         beyond: set[int] = set()
-        frame_no, checksum = end + 1, batch.checksum if batch else old.checksum
+        frame_no = end + 1
         while frame := self._wal.frame(frame_no, page_size):
             if frame.salts != old.salts:
                 break
             beyond.add(frame.pgno)
-            checksum = frame.checksum
             frame_no += 1
         if not beyond:
             return batch
@@ -456,7 +462,7 @@ class Capture:
         keys = {key >> 32: key for key in batch.keys}
         keys.update((pgno, pgno << 32) for pgno in beyond)
         batch.keys = sorted(key for key in keys.values() if key >> 32 <= commit)
-        batch.commit, batch.last, batch.checksum = commit, frame_no - 1, checksum
+        batch.commit = commit
         return batch
 
     def drain(self) -> None:
@@ -474,6 +480,7 @@ class Capture:
             after = self._after(batch)
             self._wal.sync()
             self._seal_piece(batch, after, page_size, self._port.read_main)
+            self._refused = None
 
     def _fingerprint(self) -> Fingerprint | None:
         try:
@@ -517,13 +524,21 @@ class Capture:
                 batch, page_size = found
                 self._wal.sync()
                 if not self.state.pieces:
-                    return self._freeze(batch, self._after(batch), page_size)
+                    sealed = self._freeze(batch, self._after(batch), page_size)
+                    self._refused = None
+                    return sealed
                 self._seal_piece(batch, self._after(batch), page_size, self._port.read_main)
+                self._refused = None
             if not self.state.pieces:
                 return None
         sealed = self._freeze_pieces()
         self.more = self.more or follows
         return sealed
+
+    def freeze_pieces(self) -> None:
+        """Freeze all that was sealed without a TXID, and nothing else."""
+        while self.state.pieces:
+            self._freeze_pieces()
 
     def merge_pieces(self, *, everything: bool = False) -> None:
         """Merge the newest pieces while they may not be sent: the last version of a page counts.

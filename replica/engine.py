@@ -302,7 +302,8 @@ class Engine:
         """Bring back commits that the disk lost but spool and replica still have.
 
         What is sealed is sent, then the newest state is restored in the database's place; the
-        files that were found are kept beside it.
+        files that were found are kept beside it.  Interrupted, it is done again at the next open:
+        from the record on that says so until the last one the local files do not count.
         """
         state = self.capture.state
         log.error("%s: %s; rolling forward from %s", self.name, lost, self._store.url)
@@ -313,22 +314,23 @@ class Engine:
                 local_txid=state.txid,
             )
         self.fence.acquire()
+        self.capture.freeze_pieces()
+        state = self.capture.state
         sender = Sender(self.name, self.capture, self._store, self.fence, self._clock)
         for sealed in state.segments:
             sender.send(sealed)
-        kept = f"{self.path}.damaged-{self._clock.now_ms()}"
-        temporary = self.capture.scratch_path("roll-forward")
-        result = restore(self._retrying(attempts=5), temporary, clock=self._clock, overwrite=True)
+        restored = Path(f"{self.path}.rolled-forward")
+        result = restore(self._retrying(attempts=5), restored, clock=self._clock, overwrite=True)
         if result.txid is None or result.txid < state.txid:
+            restored.unlink()
             raise ContinuityError(
                 f"{self.path}: {lost}, and {self._store.url} ends before it: nothing was changed",
                 local_txid=state.txid,
                 replica_txid=result.txid,
             )
-        for suffix in ("-shm", "-wal", ""):
-            if os.path.exists(self.path + suffix):
-                os.rename(self.path + suffix, kept + suffix)
-        os.rename(temporary, self.path)
+        kept = state.set_aside or f"{self.name}.damaged-{self._clock.now_ms()}"
+        self._spool.record(replace(state, set_aside=kept))
+        self._replace_files(restored, Path(self.path).with_name(kept))
         log.warning("%s: rolled forward; the damaged files are kept as %s*", self.name, kept)
         self._spool.record(
             _restored_state(self.capture.state, self._store.url, result, self.path, self._clock),
@@ -336,6 +338,25 @@ class Engine:
             drop_segments=True,
         )
         self.capture.prove()
+
+    def _replace_files(self, new: Path, kept: Path) -> None:
+        """Put a database in the place of ours, whose files are kept under another name."""
+        files = self._spool.files
+        try:
+            for suffix in ("-shm", "-wal", ""):
+                found, aside = f"{self.path}{suffix}", f"{kept}{suffix}"
+                if os.path.exists(found):
+                    # What is aside already was found first: then this is a later attempt's.
+                    if os.path.exists(aside):
+                        files.unlink(found)
+                    else:
+                        files.rename(found, aside)
+            files.rename(new, self.path)
+            files.sync_directory(new.parent)
+        except OSError as error:
+            raise SpoolError(
+                f"cannot replace {self.path} by its state in the replica: {error}"
+            ) from error
 
     def note_wal_mode(self, in_wal_mode: bool) -> None:
         """What page 1 says: nothing of ours opens the database before it is in WAL mode."""

@@ -177,6 +177,8 @@ class State:
         resync: why history is not continuous, so that only a comparison of all pages, or a full
             copy, can come next; empty while it is.
         suspect: the WAL vanished without a clean close: its commits may be lost.
+        set_aside: the database's files are being replaced from the replica, because they lost what
+            was sealed; name of what the found ones become.  Empty otherwise.
         timestamp_ms: the newest one given to a segment or piece, ms since the epoch.
         nonces: of the leases that this state directory may hold in the replica (`fence`).
         fence_tested: URL of the replica whose conditional writes were seen to work; or empty.
@@ -202,6 +204,7 @@ class State:
     copying: bool = False
     resync: str = NEVER_COPIED
     suspect: bool = False
+    set_aside: str = ""
     timestamp_ms: int = 0
     nonces: tuple[str, ...] = ()
     fence_tested: str = ""
@@ -255,6 +258,7 @@ def _scalars(state: State) -> dict[str, Any]:
         "copying": state.copying,
         "resync": state.resync,
         "suspect": state.suspect,
+        "set_aside": state.set_aside,
         "timestamp_ms": state.timestamp_ms,
         "nonces": list(state.nonces),
         "fence_tested": state.fence_tested,
@@ -283,6 +287,7 @@ def _with_scalars(state: State, meta: dict[str, Any]) -> State:
         copying=meta["copying"],
         resync=meta.get("resync", "" if position or fingerprint else NEVER_COPIED),
         suspect=meta.get("suspect", False),
+        set_aside=meta.get("set_aside", ""),
         timestamp_ms=meta.get("timestamp_ms", 0),
         nonces=tuple(meta.get("nonces", ())),
         fence_tested=meta.get("fence_tested", ""),
