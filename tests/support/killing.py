@@ -390,6 +390,8 @@ class _Child:
         stop = step % 14
         if stop == 1:
             self.checkpoint("PASSIVE")
+        elif stop in (2, 6):
+            self.spill_and_roll_back()  # leaves frames in the WAL that are no commits
         elif stop == 3:
             self.sync()
             self.checkpoint("RESTART")
@@ -417,9 +419,14 @@ class _Child:
         elif chance < 0.40:
             time.sleep(self.rng.random() * 0.02)
         elif chance < 0.43:
-            self.connection.execute("BEGIN IMMEDIATE")
-            self.connection.execute("UPDATE cells SET pad = randomblob(3000)")
-            self.connection.execute("ROLLBACK")
+            self.spill_and_roll_back()
+
+    def spill_and_roll_back(self) -> None:
+        self.connection.execute("PRAGMA cache_size = 2")
+        self.connection.execute("BEGIN IMMEDIATE")
+        self.connection.execute("UPDATE cells SET pad = randomblob(3000)")
+        self.connection.execute("ROLLBACK")
+        self.connection.execute("PRAGMA cache_size = -2000")
 
 
 def _slow_puts(longest_s: float, seed: int) -> None:
