@@ -531,9 +531,9 @@ class Capture:
                 self._refused = None
             if not self.state.pieces:
                 return None
-        sealed = self._freeze_pieces()
+        merged = self._freeze_pieces()
         self.more = self.more or follows
-        return sealed
+        return merged
 
     def freeze_pieces(self) -> None:
         """Freeze all that was sealed without a TXID, and nothing else."""
