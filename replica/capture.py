@@ -60,6 +60,7 @@ _SOLO_BYTES: Final = 1024 * 1024
 #: So many bytes of WAL frames are sealed and sent at once, whatever the sync interval says: better
 #: in the uploader's thread, beside the checkpoint that such a commit starts, than at the gate.
 _MUCH_BYTES: Final = 4 * 1024 * 1024
+_PAST_THE_GATE: Final = "a writer outside walship removed or restarted the WAL"
 #: A file changed less than this long ago may change again without a visible sign: the kernel's
 #: timestamps advance in ticks of up to 10 ms.
 _SETTLE_NS: Final = 20_000_000
@@ -170,7 +171,7 @@ class Capture:
             raise TailLost("its files were being replaced from the replica")
         if state.resync:
             return state.resync, state.suspect
-        unchanged = state.fingerprint is not None and state.fingerprint == self._fingerprint()
+        unchanged = self._is_unchanged()
         header = self._wal.header()
         if header is None:
             if unchanged:
@@ -386,17 +387,15 @@ class Capture:
         state = self.state
         if self.full_copy_reason is not None and not state.copying:
             return  # nothing is continuous yet: the full copy will read whatever is there then
-        old: WalPosition | None = None
         batch: Batch | None = None
         header = self._wal.header()
-        if not state.wal_gone:
-            old = self._locate(header)
-            if old is None:
-                self._lose("the WAL was restarted by a writer outside walship")
-                return
-            if header is not None and old.salts == header.salts:
-                batch = self._rest_of_wal(old, header, read_main)
-                old = WalPosition(old.salts, batch.last, batch.checksum) if batch else old
+        old = self._locate(header)
+        if old is None and not (state.wal_gone and header is None):
+            self._lose(_PAST_THE_GATE)
+            return
+        if old is not None and header is not None and not state.wal_gone:
+            batch = self._rest_of_wal(old, header, read_main)
+            old = WalPosition(old.salts, batch.last, batch.checksum) if batch else old
         if header is not None:
             page_size = header.page_size
         self._refused = old.salts if old is not None else None  # until it is sealed
@@ -422,14 +421,26 @@ class Capture:
         self._refused = None
 
     def _locate(self, header: WalHeader | None) -> WalPosition | None:
-        """Our position in the WAL on disk: the present one, or the one before the last gate."""
+        """Our position in the WAL on disk: the present one, or the one before the last gate.
+
+        None if it is not ours, because it began, or went, without passing the gate; also if there
+        is no WAL, rightly.
+        """
         state = self.state
         if header is None:
-            return state.position if state.position and state.position.frame == 0 else None
-        for candidate in (state.position, state.previous):
+            # Not written yet?  Then the main file is what it was when the WAL before it went.
+            is_coming = state.position is not None and state.position.frame == 0
+            return state.position if is_coming and self._is_unchanged() else None
+        known = (state.previous,) if state.wal_gone else (state.position, state.previous)
+        for candidate in known:
             if candidate is not None and candidate.salts == header.salts:
                 return candidate
         return None
+
+    def _is_unchanged(self) -> bool:
+        """Whether the main file is what it was when there was no WAL last."""
+        fingerprint = self.state.fingerprint
+        return fingerprint is not None and fingerprint == self._fingerprint()
 
     def _rest_of_wal(
         self, old: WalPosition, header: WalHeader, read_main: Callable[[int, int], bytes]
@@ -647,10 +658,14 @@ class Capture:
         def observe(mx_frame: int) -> None:
             # Writers are kept out here, so header, frames and wal-index belong together.
             with self.mutex:
-                header = self._wal.header() if mx_frame else None
-                base = replace(self._unproven(), copying=True, page_size=0, wal_gone=header is None)
+                header = self._wal.header()
+                base = replace(self._unproven(), copying=True, page_size=0, wal_gone=not mx_frame)
                 salts = WalSalts(0, 0)
-                if header is not None:
+                if header is not None and not mx_frame:
+                    # A WAL that was reset: its frames are in the main file, its header is there.
+                    previous = WalPosition(header.salts, 0, header.checksum)
+                    base = replace(base, previous=previous)
+                elif header is not None:
                     frame = self._wal.frame(mx_frame, header.page_size)
                     if frame is None:
                         return
@@ -710,14 +725,14 @@ class Capture:
         """Committed frames behind the position, by the race-free recipe; None if there are none."""
         state = self.state
         header = self._wal.header()
-        if header is None or state.wal_gone:
-            return None
         position = self._locate(header)
-        if position is None:
-            self._lose("the WAL was restarted by a writer outside walship")
+        if header is None and (state.wal_gone or state.copying):
             return None
-        if position != state.position:
-            return None  # a restart is under way: its header is not written yet
+        if position is None:
+            self._lose(_PAST_THE_GATE)
+            return None
+        if header is None or position != state.position:
+            return None  # a gate was passed, and what it lets happen is not visible yet
         published = self._port.published()
         if published is None:
             return None
