@@ -254,6 +254,9 @@ class Uploader:
         if isinstance(txid, int):
             self._waits.cover(ticket, txid)
             self._waits.acknowledge(txid)
+        elif message.get("kind") == ClosedError.__name__:
+            self._asked_at = float("-inf")  # that process closed it: ask whoever leads now
+            self._poke()
         elif isinstance(text, str):
             self._waits.fail(ticket, error_of(str(message.get("kind")), text))
 
