@@ -273,8 +273,17 @@ class Engine:
             self.uploader.ring()
         elif op == "sync" and isinstance(sender, str):
             self.uploader.request_sync().add_done_callback(
-                lambda future: self._peers.answer(sender, _answer(number, future))
+                lambda future: self._answer(sender, number, future)
             )
+
+    def _answer(self, sender: str, number: object, future: Future[int]) -> None:
+        """Tell a process what it waits for: that everything is in the replica.
+
+        Why this process ships nothing any more is no answer: it may only be closing, and another
+        one goes on.  What holds for all of them is recorded (`_refuse`), and they read that.
+        """
+        if future.exception() is None:
+            self._peers.answer(sender, {"id": number, "txid": future.result()})
 
     def _watch_locks(self) -> None:
         if self._port.has_lost_locks():
@@ -670,14 +679,6 @@ class _Memory:
 
     def keep_tested(self) -> None:
         self._capture.amend(fence_tested=self._url)
-
-
-def _answer(number: object, future: Future[int]) -> Message:
-    """What to tell a process whose wait has ended."""
-    error = future.exception()
-    if error is None:
-        return {"id": number, "txid": future.result()}
-    return {"id": number, "error": str(error), "kind": type(error).__name__}
 
 
 def restore_if_missing(settings: DatabaseSettings, clock: Clock | None = None) -> bool:

@@ -12,7 +12,6 @@ is true.  A message is one line of JSON::
     {"op": "sync", "from": PIPE, "id": N}             answer when all committed so far is shipped
     {"op": "status", "from": PIPE, "id": N}           how is it going?
     {"id": N, "txid": T}                              done: the newest commit is in this TXID
-    {"id": N, "error": TEXT, "kind": CLASS}           it can never be shipped
     {"id": N, "status": {...}}
 """
 
@@ -40,8 +39,6 @@ Message = Mapping[str, Any]
 
 _SUFFIX: Final = ".fifo"
 _LEADER: Final = "leader"
-#: Texts longer than this are cut: the kernel keeps 512 bytes together on every system.
-_TEXT_CHARACTERS: Final = 360
 #: How long closing waits for the thread that listens, seconds.
 _JOIN_S: Final = 1.0
 #: Nobody reads the pipe, it is not there, or it is full: the message is lost, as may happen.
@@ -207,9 +204,6 @@ class Peers:
 
     def answer(self, name: str, message: Message) -> None:
         """Send to one that asked; whoever is gone does not miss it."""
-        text = message.get("error")
-        if isinstance(text, str) and len(text) > _TEXT_CHARACTERS:
-            message = {**message, "error": text[:_TEXT_CHARACTERS] + "..."}
         self._pipe.send(name, message)
 
     def close(self) -> None:

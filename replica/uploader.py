@@ -247,18 +247,10 @@ class Uploader:
 
     def answered(self, message: Message) -> None:
         """The leader has answered what this process asked."""
-        ticket = message.get("id")
-        if not isinstance(ticket, int):
-            return
-        txid, text = message.get("txid"), message.get("error")
-        if isinstance(txid, int):
+        ticket, txid = message.get("id"), message.get("txid")
+        if isinstance(ticket, int) and isinstance(txid, int):
             self._waits.cover(ticket, txid)
             self._waits.acknowledge(txid)
-        elif message.get("kind") == ClosedError.__name__:
-            self._asked_at = float("-inf")  # that process closed it: ask whoever leads now
-            self._poke()
-        elif isinstance(text, str):
-            self._waits.fail(ticket, error_of(str(message.get("kind")), text))
 
     def wait_reconciled(self, timeout: float) -> bool:
         """Wait until local record and replica were compared; False after ``timeout`` seconds.
@@ -666,7 +658,7 @@ class Uploader:
 
 
 def error_of(kind: str, text: str) -> ReplicaError:
-    """The error that another process has told or recorded by its class name and message."""
+    """The error that another process has recorded, by its class name and message."""
     for known in (FencedError, RefusedError, ClosedError):
         if kind == known.__name__:
             return known(text)

@@ -79,19 +79,13 @@ class Waits:
             lambda wait, future: future.set_result(wait.txid or 0),
         )
 
-    def fail(self, ticket: int, error: ReplicaError) -> None:
-        """What tickets up to this one stand for cannot be shipped."""
-        self._finish(
-            lambda wait: wait.ticket <= ticket, lambda _, future: future.set_exception(error)
-        )
-
     def end(self, error: ReplicaError) -> None:
         """Nothing can be shipped any more; the first reason counts."""
         with self._lock:
             if self._end is not None:
                 return
             self._end = error
-        self.fail(self._ticket, error)
+        self._finish(lambda wait: True, lambda _, future: future.set_exception(error))
 
     def _finish(
         self, is_done: Callable[[_Wait], bool], resolve: Callable[[_Wait, Future[int]], None]
