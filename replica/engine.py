@@ -152,7 +152,13 @@ class Engine:
             is_gone=is_gone,
             ended=lambda: self.uploader.is_stopping(),
         )
-        pipe = Pipe(spool.files, spool.directory)
+        try:
+            pipe = Pipe(spool.files, spool.directory)
+        except OSError as error:
+            raise SpoolError(
+                f"cannot make a named pipe in {spool.directory}: {error.strerror or error} "
+                "(meta-path puts the directory elsewhere)"
+            ) from error
         self._peers = Peers(spool.files, spool.directory, pipe, self._handle)
         self.uploader = Uploader(
             self.name,
@@ -202,27 +208,30 @@ class Engine:
             spool = Spool.open(directory, clock)
         except InUseError as error:
             raise RefusedError(f"{settings.path}: {error}") from error
+        engine: Engine | None = None
         try:
             store = open_store(settings.replica.store, clock)
+            if not spool.alone and spool.state.destination not in ("", store.url):
+                raise RefusedError(
+                    f"{settings.path}: another process ships this database to "
+                    f"{spool.state.destination}; one database has one replica"
+                )
             engine = cls(settings, store, spool, clock)
             if spool.alone:
                 engine._begin_alone()
-            elif spool.state.replica not in ("", store.url):
-                raise RefusedError(
-                    f"{settings.path}: another process ships this database to "
-                    f"{spool.state.replica}; one database has one replica"
-                )
             spool.admit()
             engine._peers.start()
             engine.uploader.start()
         except BaseException:
+            if engine is not None:
+                engine._give_up_files()
             spool.close()
             raise
         return engine
 
     def _begin_alone(self) -> None:
         """No other process has the database open: judge the files as they were left."""
-        self.capture.amend(refusal=(), admitted=False)
+        self.capture.amend(refusal=(), admitted=False, destination=self._store.url)
         try:
             self.capture.prove()
         except TailLost as lost:
@@ -653,6 +662,9 @@ class Engine:
         """Give up files, connections and the lock at once, shipping nothing."""
         self._closed = True
         self._port.remove_empty_wal()
+        self._give_up_files()
+
+    def _give_up_files(self) -> None:
         self._port.release()
         self._peers.close()
         self.capture.close()
@@ -749,6 +761,9 @@ def _restored_state(
         fingerprint=Fingerprint.of(path),
         nonces=before.nonces,
         fence_tested=before.fence_tested,
+        destination=before.destination,
+        admitted=before.admitted,
+        adopt=before.adopt,
     )
 
 

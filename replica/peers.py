@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from .files import Files
+from .sqlite import SpoolError
 
 __all__ = ["Message", "Peers", "Pipe", "ask_leader", "read_leader"]
 
@@ -175,19 +176,38 @@ class Peers:
                 self._open.pop(number, None)
 
     def lead(self) -> None:
-        """Tell the others that this process uploads from now on.
+        """Tell the others that this process uploads from now on; forget those that are gone.
+
+        Call locked: pipes are made under the drain lock.
 
         Raises:
-            OSError: it could not be written down.
+            SpoolError: it could not be written down.
         """
         temporary = self._directory / f"{self._pipe.name}.tmp"
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        fd = self._files.open(temporary, flags)
         try:
-            self._files.write(fd, [self._pipe.name.encode()])
-        finally:
-            self._files.close(fd)
-        self._files.rename(temporary, self._directory / _LEADER)
+            fd = self._files.open(temporary, flags)
+            try:
+                self._files.write(fd, [self._pipe.name.encode()])
+            finally:
+                self._files.close(fd)
+            self._files.rename(temporary, self._directory / _LEADER)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise SpoolError(f"cannot write the spool in {self._directory}: {reason}") from error
+        for name in self._files.names(self._directory):
+            if name.endswith(_SUFFIX) and name != self.name and not self._is_read(name):
+                with contextlib.suppress(OSError):
+                    self._files.unlink(self._directory / name)
+
+    def _is_read(self, name: str) -> bool:
+        """Whether there still is a process that reads a pipe."""
+        try:
+            fd = self._files.open(self._directory / name, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            return error.errno != errno.ENXIO
+        self._files.close(fd)
+        return True
 
     def tell_leader(self, message: Message) -> bool:
         """Send to the process that uploads; False if there is none, or it could not take it."""
@@ -229,7 +249,10 @@ def ask_leader(
     leader = read_leader(files, directory)
     if leader is None:
         return None
-    pipe = Pipe(files, directory)
+    try:
+        pipe = Pipe(files, directory)
+    except OSError:
+        return None
     try:
         if not pipe.send(leader, {**question, "from": pipe.name, "id": 0}):
             return None

@@ -182,6 +182,8 @@ class State:
         timestamp_ms: the newest one given to a segment or piece, ms since the epoch.
         nonces: of the leases that this state directory may hold in the replica (`fence`).
         fence_tested: URL of the replica whose conditional writes were seen to work; or empty.
+        destination: URL of the replica that the processes which have the database open ship it to,
+            whether they have reached it yet or not.
         refusal: why no process may commit any more: class name and message; or empty.
         admitted: connections may use the files: they are not going to be changed under them.
         adopt: somebody decided that this database becomes the replica's next state, whatever the
@@ -208,6 +210,7 @@ class State:
     timestamp_ms: int = 0
     nonces: tuple[str, ...] = ()
     fence_tested: str = ""
+    destination: str = ""
     refusal: tuple[str, ...] = ()
     admitted: bool = True
     adopt: bool = False
@@ -262,6 +265,7 @@ def _scalars(state: State) -> dict[str, Any]:
         "timestamp_ms": state.timestamp_ms,
         "nonces": list(state.nonces),
         "fence_tested": state.fence_tested,
+        "destination": state.destination,
         "refusal": list(state.refusal),
         "admitted": state.admitted,
         "adopt": state.adopt,
@@ -291,6 +295,7 @@ def _with_scalars(state: State, meta: dict[str, Any]) -> State:
         timestamp_ms=meta.get("timestamp_ms", 0),
         nonces=tuple(meta.get("nonces", ())),
         fence_tested=meta.get("fence_tested", ""),
+        destination=meta.get("destination", ""),
         refusal=tuple(meta.get("refusal", ())),
         admitted=meta.get("admitted", True),
         adopt=meta.get("adopt", False),
@@ -694,7 +699,7 @@ class Spool:
     def _load(self) -> None:
         """Read the journal; a process that is alone also removes what others left half done."""
         if self.alone:
-            self._remove(lambda name: name.endswith(".tmp"))
+            self._remove(lambda name: name.endswith((".tmp", ".fifo")))
         self._read_journal()
         if self._journal is None:
             self._rewrite()

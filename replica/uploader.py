@@ -371,8 +371,8 @@ class Uploader:
             self._dirty_since = now
         if not self._locks.lead():
             return self._follow(now)
-        if not self._leading:
-            self._begin_to_lead()
+        if not self._leading and not self._begin_to_lead():
+            return TICK_S
         if now < self._retry_at:
             self._merge_if_many()
             return min(TICK_S, self._retry_at - now)
@@ -430,14 +430,19 @@ class Uploader:
         self._asked_at = float("-inf")
         return _CHANGE_S
 
-    def _begin_to_lead(self) -> None:
-        """The lock is ours: from the journal on, everything is as after a restart."""
-        self._capture.refresh()
-        error = self._refused()
+    def _begin_to_lead(self) -> bool:
+        """The lock is ours: from the journal on, everything is as after a restart.
+
+        Returns:
+            False if nobody may commit any more.
+        """
+        with self._capture.mutex:
+            error = self._refused()
+            if error is None:
+                self._peers.lead()
         if error is not None:
             self._give_up(error, everywhere=False)
-            return
-        self._peers.lead()
+            return False
         self._slots.clear()
         self._covered_ticket = -1
         self._leading = True
@@ -445,6 +450,7 @@ class Uploader:
             self._reconciled = False
         self.dirty = True
         self._retry_at = float("-inf")
+        return True
 
     # -- the one that leads -------------------------------------------------------------------
 
