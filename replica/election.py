@@ -29,8 +29,8 @@ _DRAIN: Final = 0
 _PRESENCE: Final = 1
 _UPLOADER: Final = 2
 
+# Guards `Files.locked_directories`.
 _open_lock = threading.Lock()
-_open_directories: set[str] = set()
 
 
 class InUseError(ReplicaError):
@@ -52,9 +52,9 @@ class Locks:
         self._files = files
         self._key = os.path.realpath(directory)
         with _open_lock:
-            if self._key in _open_directories:
+            if self._key in files.locked_directories:
                 raise InUseError(f"{directory} is in use in this process already")
-            _open_directories.add(self._key)
+            files.locked_directories.add(self._key)
         try:
             self._fd = files.open(directory / "lock", os.O_RDWR | os.O_CREAT)
         except BaseException:
@@ -108,4 +108,4 @@ class Locks:
 
     def _forget(self) -> None:
         with _open_lock:
-            _open_directories.discard(self._key)
+            self._files.locked_directories.discard(self._key)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from .capture import Capture, TailLost
-from .clock import Clock, SystemClock
+from .clock import Clock
 from .continuity import CATCHING_UP, reconcile, replica_head
 from .election import InUseError
 from .errors import (
@@ -28,11 +28,11 @@ from .errors import (
     ReplicaError,
     StoreUnavailable,
 )
-from .fence import Fence, owner_name
+from .fence import Fence
 from .format.ltx import PageEncoding
 from .format.types import format_txid
+from .host import Host
 from .peers import Message, Peers, Pipe
-from .process import is_gone, this_process
 from .restore import RestoreResult, restore
 from .sender import RequestThreads, Sender
 from .settings import DatabaseSettings
@@ -47,7 +47,6 @@ from .sqlite import (
 )
 from .store.base import ObjectStore
 from .store.local import fsync_directory, sync_data
-from .store.opening import open_store
 from .store.retrying import RetryingStore
 from .store.settings import LocalSettings
 from .uploader import MAX_IN_FLIGHT, Uploader, error_of
@@ -118,14 +117,15 @@ class Engine:
         settings: DatabaseSettings,
         store: ObjectStore,
         spool: Spool,
-        clock: Clock,
+        host: Host,
     ) -> None:
         if settings.replica is None:
             raise ConfigError(f"{settings.path} has no replica")
         self.settings = settings
         self.path = str(settings.path)
         self.name = os.path.basename(self.path)
-        self._clock = clock
+        self._host = host
+        self._clock = clock = host.clock
         self._store = store
         self._spool = spool
         spool.max_bytes = settings.max_spool_bytes
@@ -147,9 +147,9 @@ class Engine:
             policy=settings.fence,
             lease_s=settings.fence_lease_s,
             wait_s=settings.fence_wait_s,
-            owner=owner_name(self.path),
-            process=this_process(),
-            is_gone=is_gone,
+            owner=host.owner(self.path),
+            process=host.process(),
+            is_gone=host.is_gone,
             ended=lambda: self.uploader.is_stopping(),
         )
         try:
@@ -177,6 +177,7 @@ class Engine:
             give_up=self._refuse,
             refused=self._recorded_refusal,
             watch=self._watch_locks,
+            rng=host.rng(),
         )
         self._closed = False
         self._adopt = settings.adopt
@@ -190,7 +191,7 @@ class Engine:
         self.refusal: RefusedError | FencedError | None = None
 
     @classmethod
-    def open(cls, settings: DatabaseSettings, clock: Clock | None = None) -> Engine:
+    def open(cls, settings: DatabaseSettings, host: Host | None = None) -> Engine:
         """Lock the state directory, judge the files, and start shipping in the background.
 
         Must run before this process opens the database.
@@ -200,23 +201,23 @@ class Engine:
             ReplicaError: the settings, the spool or the files cannot be used.
         """
         require_sqlite()
-        clock = clock or SystemClock()
+        host = host or Host()
         if settings.replica is None:
             raise ConfigError(f"{settings.path} has no replica")
         directory = settings.meta_path
         try:
-            spool = Spool.open(directory, clock)
+            spool = Spool.open(directory, host.clock, host.files)
         except InUseError as error:
             raise RefusedError(f"{settings.path}: {error}") from error
         engine: Engine | None = None
         try:
-            store = open_store(settings.replica.store, clock)
+            store = host.open_store(settings.replica.store)
             if not spool.alone and spool.state.destination not in ("", store.url):
                 raise RefusedError(
                     f"{settings.path}: another process ships this database to "
                     f"{spool.state.destination}; one database has one replica"
                 )
-            engine = cls(settings, store, spool, clock)
+            engine = cls(settings, store, spool, host)
             if spool.alone:
                 engine._begin_alone()
             spool.admit()
@@ -314,7 +315,7 @@ class Engine:
         self.refusal = error
 
     def _retrying(self, attempts: int) -> RetryingStore:
-        return RetryingStore(self._store, self._clock, attempts=attempts)
+        return RetryingStore(self._store, self._clock, self._host.rng(), attempts=attempts)
 
     def _roll_forward(self, lost: TailLost) -> None:
         """Bring back commits that the disk lost but spool and replica still have.
@@ -351,7 +352,7 @@ class Engine:
         self._replace_files(restored, Path(self.path).with_name(kept))
         log.warning("%s: rolled forward; the damaged files are kept as %s*", self.name, kept)
         self._spool.record(
-            _restored_state(self.capture.state, self._store.url, result, self.path, self._clock),
+            _restored_state(self._spool, self._store.url, result, self.path, self._clock),
             drop_pieces=True,
             drop_segments=True,
         )
@@ -693,7 +694,7 @@ class _Memory:
         self._capture.amend(fence_tested=self._url)
 
 
-def restore_if_missing(settings: DatabaseSettings, clock: Clock | None = None) -> bool:
+def restore_if_missing(settings: DatabaseSettings, host: Host | None = None) -> bool:
     """Restore the database if its file is missing or empty and the replica has data.
 
     Afterwards its position is known, so replication goes on incrementally.
@@ -705,15 +706,16 @@ def restore_if_missing(settings: DatabaseSettings, clock: Clock | None = None) -
         StoreError: the replica could not be asked; starting with an empty database would fork it.
         RestoreError: the restore failed; no file appeared.
     """
-    clock = clock or SystemClock()
+    host = host or Host()
+    clock = host.clock
     path = Path(settings.path)
     if settings.replica is None or _size_of(path) > 0:
         return False
-    raw = open_store(settings.replica.store, clock)
-    store = RetryingStore(raw, clock, attempts=3)
+    raw = host.open_store(settings.replica.store)
+    store = RetryingStore(raw, clock, host.rng(), attempts=3)
     directory = settings.meta_path
     try:
-        spool = Spool.open(directory, clock)
+        spool = Spool.open(directory, clock, host.files)
     except InUseError:
         return False  # it is being closed in another thread
     try:
@@ -727,7 +729,7 @@ def restore_if_missing(settings: DatabaseSettings, clock: Clock | None = None) -
         )
         if result.txid is not None:
             spool.record(
-                _restored_state(spool.state, raw.url, result, str(path), clock),
+                _restored_state(spool, raw.url, result, str(path), clock),
                 drop_pieces=True,
                 drop_segments=True,
             )
@@ -744,9 +746,10 @@ def _has_old_layout(store: ObjectStore) -> bool:
 
 
 def _restored_state(
-    before: State, url: str, result: RestoreResult, path: str, clock: Clock
+    spool: Spool, url: str, result: RestoreResult, path: str, clock: Clock
 ) -> State:
     """The record of a database that was just restored: at that TXID, with no WAL."""
+    before = spool.state
     clock.sleep(0.02)  # a younger file could change again without a visible sign
     txid = result.txid or 0
     return State(
@@ -758,7 +761,7 @@ def _restored_state(
         page_size=result.page_size,
         resync="",
         wal_gone=True,
-        fingerprint=Fingerprint.of(path),
+        fingerprint=Fingerprint.of(path, spool.files),
         nonces=before.nonces,
         fence_tested=before.fence_tested,
         destination=before.destination,

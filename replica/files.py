@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Final
 
 from .store.local import fsync_directory, sync_data
 
-__all__ = ["Files", "write_all"]
+__all__ = ["OS_FILES", "Files", "write_all"]
 
 #: Buffers handed to the kernel in one call, at most; Linux and macOS take 1024.
 _IOV_MAX: Final = 512
@@ -29,7 +29,14 @@ StrPath = str | os.PathLike[str]
 
 
 class Files:
-    """The operating system's files.  Thread-safe; has no state."""
+    """The operating system's files, as one process sees them.  Thread-safe.
+
+    Attributes:
+        locked_directories: state directories whose record locks this process may hold (`election`).
+    """
+
+    def __init__(self) -> None:
+        self.locked_directories: set[str] = set()
 
     def open(self, path: StrPath, flags: int, mode: int = 0o600) -> int:
         return os.open(path, flags | os.O_CLOEXEC, mode)
@@ -129,6 +136,10 @@ class Files:
             return os.read(fd, _PIPE_BYTES)
         except BlockingIOError:
             return b""
+
+
+#: The files of this process.
+OS_FILES: Final = Files()
 
 
 def write_all(fd: int, parts: Sequence[Any], offset: int | None = None) -> int:

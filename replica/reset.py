@@ -7,7 +7,6 @@ from pathlib import Path
 
 from .clock import Clock
 from .election import InUseError
-from .files import Files
 from .spool import Spool
 from .sqlite import RefusedError
 
@@ -30,7 +29,7 @@ def reset(directory: Path, clock: Clock) -> int:
     """
     in_use = f"{directory} is in use: close the database in every process first"
     try:
-        spool = Spool.open(directory, clock, Files())
+        spool = Spool.open(directory, clock)
     except InUseError as error:
         raise RefusedError(in_use) from error
     try:

@@ -44,7 +44,7 @@ import xxhash
 from .clock import Clock
 from .election import Locks
 from .errors import FormatError
-from .files import Files
+from .files import OS_FILES, Files
 from .format.types import WalSalts
 from .sqlite import SpoolError
 
@@ -61,8 +61,6 @@ __all__ = [
 ]
 
 log = logging.getLogger("walship.spool")
-
-_OS_FILES: Final = Files()
 
 _RECORD: Final = struct.Struct(">4sB3xIIQ")
 _MAGIC: Final = b"WSJ1"
@@ -116,7 +114,7 @@ class Fingerprint(NamedTuple):
     ctime_ns: int
 
     @classmethod
-    def of(cls, path: str | os.PathLike[str], files: Files = _OS_FILES) -> Fingerprint:
+    def of(cls, path: str | os.PathLike[str], files: Files = OS_FILES) -> Fingerprint:
         status = files.stat(path)
         return cls(
             status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
@@ -377,7 +375,7 @@ class Spool:
             InUseError: this process has it open already.
             SpoolError: the directory or journal cannot be written.
         """
-        files = files or _OS_FILES
+        files = files or OS_FILES
         with _local_errors(directory):
             files.make_directory(directory)
             spool = cls(directory, files, clock, Locks(files, directory))
@@ -857,7 +855,7 @@ def read_state(directory: Path) -> State | None:
     except FileNotFoundError:
         return None
     try:
-        return _replay(_OS_FILES, fd)[0]
+        return _replay(OS_FILES, fd)[0]
     finally:
         os.close(fd)
 

@@ -18,9 +18,9 @@ from urllib.parse import unquote
 
 import apsw
 
-from walship.replica.clock import SystemClock
 from walship.replica.engine import Engine, restore_if_missing
 from walship.replica.errors import ConfigError, ReplicaError
+from walship.replica.host import Host
 from walship.replica.settings import DatabaseSettings
 from walship.replica.sqlite import RefusedError, connections_to
 
@@ -36,9 +36,14 @@ _EXIT_DRAIN_S: Final = 30.0
 
 
 class Registry:
-    """Which paths are replicated, and the engines that serve them.  Thread-safe."""
+    """Which paths are replicated, and the engines that serve them.  Thread-safe.
 
-    def __init__(self) -> None:
+    Args:
+        host: where the engines run.
+    """
+
+    def __init__(self, host: Host | None = None) -> None:
+        self.host = host or Host()
         # Guards the dictionaries; held while an engine is opened, so that there is only one.
         self._lock = threading.RLock()
         self._settings: dict[str, DatabaseSettings] = {}
@@ -102,11 +107,10 @@ class Registry:
                 settings = self._settings.get(path)
                 if settings is None or settings.replica is None:
                     return None
-                self._guard()
-                refuse_foreign_library(path)
+                self._guard(path)
                 if settings.restore == "if-missing":
-                    restore_if_missing(settings)
-                engine = Engine.open(settings, SystemClock())
+                    restore_if_missing(settings, self.host)
+                engine = Engine.open(settings, self.host)
                 self._refuse_shared_replica(engine)
                 self._engines[path] = engine
                 self._files[path] = set()
@@ -184,8 +188,15 @@ class Registry:
 
     # -- the rest of the process --------------------------------------------------------------
 
-    def _guard(self) -> None:
-        """Once per process: exit handler, fork handlers, and the hook that sees ``sqlite3``."""
+    def _guard(self, path: str) -> None:
+        """See to it that nothing in this process spoils a database that is about to be opened.
+
+        Once per process: exit handler, fork handlers, and the hook that sees ``sqlite3``.
+
+        Raises:
+            RefusedError: the ``sqlite3`` module has it open already.
+        """
+        refuse_foreign_library(path)
         if self._guarded:
             return
         self._guarded = True
@@ -213,7 +224,7 @@ class Registry:
         Connections that are still open are destroyed with the interpreter: they may not checkpoint
         then, for half of Python is gone by that time.  The WAL stays, and the next start goes on.
         """
-        clock = SystemClock()
+        clock = self.host.clock
         deadline = clock.monotonic() + _EXIT_DRAIN_S
         for engine in self.engines():
             left = deadline - clock.monotonic()

@@ -11,13 +11,12 @@ from typing import Any, Final
 
 import apsw
 
-from walship.replica.clock import SystemClock
 from walship.replica.config import database_settings
 from walship.replica.engine import Engine
 from walship.replica.sqlite import RefusedError
 
 from .files import MainFile, WalFile, latest_main_file
-from .registry import VFS_NAME, registry
+from .registry import VFS_NAME, Registry, registry
 
 __all__ = ["ReplicatingVFS", "install"]
 
@@ -30,8 +29,14 @@ class ReplicatingVFS(apsw.VFS):
     Registered under its name for as long as the object lives; `install` keeps one per process.
     """
 
-    def __init__(self, name: str = VFS_NAME, base: str = "unix") -> None:
+    main_file = MainFile
+    wal_file = WalFile
+
+    def __init__(
+        self, name: str = VFS_NAME, base: str = "unix", registry: Registry = registry
+    ) -> None:
         self._base = base
+        self._registry = registry
         super().__init__(name, base)
 
     def xOpen(self, name: Any, flags: list[int]) -> apsw.VFSFile:
@@ -39,39 +44,39 @@ class ReplicatingVFS(apsw.VFS):
         if name is not None and kind & apsw.SQLITE_OPEN_MAIN_DB:
             path = name.filename() if isinstance(name, apsw.URIFilename) else name
             if isinstance(name, apsw.URIFilename):
-                configure_from_uri(path, name)
-            engine = registry.acquire(path)
+                configure_from_uri(self._registry, path, name)
+            engine = self._registry.acquire(path)
             if engine is not None:
                 return self._open_main(name, path, flags, engine)
         elif name is not None and kind & apsw.SQLITE_OPEN_WAL:
             path = name if isinstance(name, str) else name.filename()
             main = latest_main_file(path.removesuffix("-wal"))
             if main is not None:
-                return WalFile(self._base, name, flags, main)
+                return self.wal_file(self._base, name, flags, main)
         return apsw.VFSFile(self._base, name, flags)
 
     def _open_main(self, name: Any, path: str, flags: list[int], engine: Engine) -> MainFile:
         try:
-            file = MainFile(
-                self._base, name, flags, engine, lambda file: registry.remove(path, file)
+            file = self.main_file(
+                self._base, name, flags, engine, lambda file: self._registry.remove(path, file)
             )
         except BaseException:
-            registry.abandon(path, engine)
+            self._registry.abandon(path, engine)
             raise
-        registry.add(path, file)
+        self._registry.add(path, file)
         file.look_at_header()
         return file
 
     def xDelete(self, name: str, sync_directory: bool) -> None:
         if name.endswith("-wal"):
-            main = registry.main_file(name.removesuffix("-wal"))
+            main = self._registry.main_file(name.removesuffix("-wal"))
             if main is not None and main.xFileSize() > 0:
                 main.drain_before_delete()
         super().xDelete(name, sync_directory)
 
     def xSleep(self, microseconds: int) -> int:
         # The inherited one would hold the GIL while it waits for a lock.
-        SystemClock().sleep(microseconds / 1e6)
+        self._registry.host.clock.sleep(microseconds / 1e6)
         return microseconds
 
 
@@ -87,7 +92,7 @@ def install() -> None:
             _installed = ReplicatingVFS()
 
 
-def configure_from_uri(path: str, name: apsw.URIFilename) -> None:
+def configure_from_uri(registry: Registry, path: str, name: apsw.URIFilename) -> None:
     """Take ``?replica=`` from a URI filename, and refuse parameters that would go round us."""
     replica = name.uri_parameter("replica")
     configured = registry.settings_for(path)

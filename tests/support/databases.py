@@ -143,7 +143,7 @@ class Stores:
         self.blocked: Sequence[str] = ()
         self.before = 0.0
         self.after = 0.0
-        monkeypatch.setattr("walship.replica.engine.open_store", self._open)
+        monkeypatch.setattr("walship.replica.host.open_store", self._open)
 
     def _open(self, settings: StoreSettings, clock: Clock) -> FaultyStore:
         store = _Watched(open_store(settings, clock), self)

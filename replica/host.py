@@ -1,0 +1,52 @@
+"""What engines take from the machine and the process they run in, in one place.
+
+A test puts another host there: with a clock of its own, files that stop anywhere, a store that
+answers late, several processes in one.
+"""
+
+from __future__ import annotations
+
+import random
+
+from .clock import Clock, SystemClock
+from .fence import owner_name
+from .files import OS_FILES, Files
+from .process import is_gone, this_process
+from .store.base import ObjectStore
+from .store.opening import open_store
+from .store.settings import StoreSettings
+
+__all__ = ["Host"]
+
+
+class Host:
+    """The real machine and this process.  Thread-safe.
+
+    Attributes:
+        clock: tells the time, and sleeps.
+        files: the state directory, and the database's files as far as SQLite is not asked.
+    """
+
+    def __init__(self) -> None:
+        self.clock: Clock = SystemClock()
+        self.files: Files = OS_FILES
+
+    def open_store(self, settings: StoreSettings) -> ObjectStore:
+        """As `store.opening.open_store`."""
+        return open_store(settings, self.clock)
+
+    def process(self) -> str:
+        """The name of this process, for `is_gone` in another one."""
+        return this_process()
+
+    def is_gone(self, process: str) -> bool:
+        """Whether the process with this name is sure not to exist any more."""
+        return is_gone(process)
+
+    def owner(self, path: str) -> str:
+        """How the database at ``path`` calls itself in a lease, for people."""
+        return owner_name(path)
+
+    def rng(self) -> random.Random:
+        """Randomness for the jitter of pauses."""
+        return random.Random()
