@@ -535,9 +535,9 @@ class Capture:
                 batch, page_size = found
                 self._wal.sync()
                 if not self.state.pieces:
-                    sealed = self._freeze(batch, self._after(batch), page_size)
+                    segment = self._freeze(batch, self._after(batch), page_size)
                     self._refused = None
-                    return sealed
+                    return segment
                 self._seal_piece(batch, self._after(batch), page_size, self._port.read_main)
                 self._refused = None
             if not self.state.pieces:
