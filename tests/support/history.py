@@ -7,13 +7,13 @@ Transaction ``n`` is a function of the seed and ``n``.  A database that holds th
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import apsw
 
 from walship.replica.check import integrity_check
 
-_CELLS = 48
 _BALLAST_ROWS = 64
 
 
@@ -28,11 +28,25 @@ class History:
         seed: chooses the history.
         ballast_bytes: incompressible content that only transaction 0 writes, so that a full copy
             is much larger than anything incremental.
+        cells: how many rows there are to change.
+        changes: how many of them a transaction changes, one of these.
+        sizes: bytes of a row, one of these.
     """
 
-    def __init__(self, seed: int = 0, ballast_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        ballast_bytes: int = 0,
+        *,
+        cells: int = 48,
+        changes: Sequence[int] = (1, 1, 2, 5, 12),
+        sizes: Sequence[int] = (10, 300, 5_000),
+    ) -> None:
         self.seed = seed
         self.ballast_bytes = ballast_bytes
+        self.cells = cells
+        self.changes = changes
+        self.sizes = sizes
 
     def apply(self, connection: apsw.Connection, n: int) -> None:
         """Run transaction ``n``; committed when this returns."""
@@ -65,9 +79,9 @@ class History:
     def _changes(self, n: int) -> dict[int, bytes | None]:
         rng = random.Random(f"{self.seed}/{n}")
         changes: dict[int, bytes | None] = {}
-        for _ in range(rng.choice((1, 1, 2, 5, 12))):
-            key = rng.randrange(_CELLS)
-            size = rng.choice((10, 300, 5_000))
+        for _ in range(rng.choice(self.changes)):
+            key = rng.randrange(self.cells)
+            size = rng.choice(self.sizes)
             changes[key] = None if rng.random() < 0.2 else rng.randbytes(size)
         return changes
 
@@ -94,7 +108,7 @@ class History:
                     expected[key] = (n, pad)
         found = {k: (v, pad) for k, v, pad in connection.execute("SELECT k, v, pad FROM cells")}
         if found != expected:
-            wrong = [k for k in range(_CELLS) if found.get(k) != expected.get(k)]
+            wrong = [k for k in range(self.cells) if found.get(k) != expected.get(k)]
             raise NotAPrefix(f"after {len(steps)} transactions these cells are wrong: {wrong}")
         return len(steps)
 
