@@ -43,8 +43,8 @@ _DEEP_LIMIT_S = 1800
 LIVES: dict[str, Script] = {
     "gates": Script(
         steps="commit:2 sync commit:2 checkpoint:PASSIVE commit sync checkpoint:RESTART commit:2 "
-        "sync checkpoint:TRUNCATE commit reopen commit:2 spill commit checkpoint:FULL commit spill "
-        "checkpoint:RESTART commit sync close"
+        "sync checkpoint:TRUNCATE commit ghosts reopen commit:2 spill commit checkpoint:FULL "
+        "commit ghosts checkpoint:RESTART commit sync close"
     ),
     "outage": Script(
         steps="commit:2 sync away commit:2 checkpoint:TRUNCATE commit vain commit "
@@ -177,7 +177,7 @@ def _lose_the_tail(script: Script, scratch: Path) -> tuple[Image, dict[str, Obje
     [
         ("commit:2 sync checkpoint:TRUNCATE commit:4 sync", 6, 6),
         ("commit:2 sync checkpoint:TRUNCATE commit:2 sync away commit:3 vain", 7, 4),
-        ("commit:2 sync away commit:2 checkpoint:RESTART commit:2 watch commit leave", 7, 2),
+        ("commit:2 sync away commit vain commit checkpoint:RESTART commit:2 watch leave", 6, 2),
     ],
     ids=["in the replica", "in a segment of the spool", "in pieces of the spool"],
 )

@@ -29,6 +29,7 @@ from typing import Any, Final
 
 import apsw
 
+import walship
 from support.disk import (
     Allocate,
     Disk,
@@ -47,6 +48,15 @@ from support.disk import (
 )
 from support.history import History
 from support.memory import MemoryStore, Object
+from walship.replica import capture, engine, spool, uploader
+from walship.replica.files import Files
+from walship.replica.frames import WalReader
+from walship.replica.spool import Spool
+from walship.replica.sqlite import Published, SqlitePort
+from walship.replica.store import local
+from walship.replica.uploader import Uploader
+from walship.vfs import files, replicating
+from walship.vfs.registry import canonical, registry
 
 __all__ = ["Landed", "Mark", "PutBegun", "Recording", "Script", "record", "simulate"]
 
@@ -55,6 +65,8 @@ REPLICA: Final = "replica"
 #: Where the store in memory says it is.
 URL: Final = "s3://bucket/app"
 _LIMIT_S: Final = 120.0
+#: First pause after a failed upload, seconds.
+_BACKOFF_S: Final = 0.02
 #: A VFS that records and does nothing else: for connections of "other programs".
 _OTHER: Final = "recorded"
 
@@ -198,8 +210,6 @@ def _check_complete(start: Image, events: Sequence[Event], found: Image) -> None
 
 def simulate(identities: Identities) -> Callable[[], None]:
     """Let the engine see the files as they are to look; returns what ends that."""
-    from walship.replica.files import Files
-
     stat, fstat = Files.stat, Files.fstat
 
     def end() -> None:
@@ -447,8 +457,6 @@ class _Recorder:
     # -- SQLite -------------------------------------------------------------------------------
 
     def _install_sqlite(self) -> None:
-        from walship.vfs import files, replicating
-
         recorder = self
 
         class Recorded(apsw.VFSFile):  # type: ignore[misc]
@@ -581,9 +589,10 @@ class _Child:
                             closes
     spill                   a transaction that writes to the WAL early, is synced around, and ends
                             in a rollback
+    ghosts                  a transaction that is rolled back leaves many frames in the WAL
     tight                   from now on transactions write to the WAL early
     vacuum                  VACUUM
-    away, back              the store fails, works
+    away, back              the store fails (each engine tries once), works
     lose:N                  the answers to the next N puts get lost
     slow                    from now on every other put takes its time, so that later ones overtake
     reopen                  close and connect
@@ -611,8 +620,6 @@ class _Child:
             getattr(self, word)(*([argument] if argument else []))
 
     def connect(self, **more: Any) -> Any:
-        import walship
-
         replica = {"url": self.replica, "sync-interval": "1h"}
         settings = {"min_checkpoint_page_count": 1_000_000, **self.script.settings, **more}
         connection = walship.connect(self.path, replica, **settings)
@@ -635,14 +642,10 @@ class _Child:
         waiting.close(True)
 
     def sync(self) -> None:
-        import walship
-
         walship.replication(self.path).sync(30)
         self.recorder.mark("synced", self.n)
 
     def vain(self) -> None:
-        import walship
-
         with contextlib.suppress(walship.NotYetReplicated):
             walship.replication(self.path).sync(0.1)
             raise AssertionError("it was not in vain")
@@ -687,6 +690,14 @@ class _Child:
         self.connection.execute("ROLLBACK")
         self.connection.execute(f"PRAGMA cache_size = {self.cache_size}")
 
+    def ghosts(self) -> None:
+        self.connection.execute("PRAGMA cache_size = 10")
+        self.connection.execute("BEGIN IMMEDIATE")
+        for row in range(30):
+            self.connection.execute("INSERT INTO ballast VALUES (?, randomblob(3000))", (row,))
+        self.connection.execute("ROLLBACK")
+        self.connection.execute(f"PRAGMA cache_size = {self.cache_size}")
+
     def tight(self) -> None:
         self.cache_size = 2
         self.connection.execute("PRAGMA cache_size = 2")
@@ -696,9 +707,14 @@ class _Child:
 
     def away(self) -> None:
         self.store.away = True
+        uploader.BACKOFF_FIRST_S = _LIMIT_S  # type: ignore[misc]
 
     def back(self) -> None:
         self.store.away = False
+        uploader.BACKOFF_FIRST_S = _BACKOFF_S  # type: ignore[misc]
+        found = registry.engine(canonical(self.path))
+        assert found is not None
+        found.uploader.retry_now()
 
     def lose(self, times: str) -> None:
         self.store.lost = int(times)
@@ -716,14 +732,10 @@ class _Child:
 
 
 def _keep_wal_unsynced() -> None:
-    from walship.replica.frames import WalReader
-
     WalReader.sync = lambda self: None  # type: ignore[method-assign]
 
 
 def _keep_journal_unsynced() -> None:
-    from walship.replica.spool import Spool
-
     append = Spool._append
 
     def unsynced(self: Any, kind: Any, meta: Any, payload: Any, durable: bool) -> None:
@@ -733,16 +745,11 @@ def _keep_journal_unsynced() -> None:
 
 
 def _keep_directories_unsynced() -> None:
-    from walship.replica.files import Files
-    from walship.replica.store import local
-
     Files.sync_directory = lambda self, path: None  # type: ignore[method-assign]
     local.fsync_directory = lambda directory: None
 
 
 def _acknowledge_early() -> None:
-    from walship.replica.uploader import Uploader
-
     put = Uploader._put
     waiting: list[tuple[Any, ...]] = []
 
@@ -755,11 +762,6 @@ def _acknowledge_early() -> None:
 
 
 def _ship_unpublished() -> None:
-    from walship.replica import capture
-    from walship.replica.files import Files
-    from walship.replica.frames import WalReader
-    from walship.replica.sqlite import Published, SqlitePort
-
     published, collect = SqlitePort.published, capture.collect
     size = 0
 
@@ -798,8 +800,7 @@ MUTANTS: Final[dict[str, Callable[[], None]]] = {
 
 def _main(job: Path) -> None:
     script, objects, identities = pickle.loads(job.read_bytes())
-    from walship.replica import engine, spool
-
+    uploader.BACKOFF_FIRST_S = _BACKOFF_S  # type: ignore[misc]
     spool.INLINE_BYTES = script.sealed_inline_bytes
     spool._GROWTH_BYTES = script.journal_growth_bytes
     spool._REWRITE_BYTES = script.journal_rewrite_bytes
