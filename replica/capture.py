@@ -457,7 +457,8 @@ class Capture:
         page_size = header.page_size
         batch = collect(self._wal, old.frame, end, page_size) if end > old.frame else None
         # Frames behind the known end: commits of a writer that died before it rang, or ghosts that
-        # never were commits.  Their page numbers with the main file's content are right for both.
+        # never were commits, perhaps torn by a power cut.  Their page numbers, such as they are,
+        # with the main file's content are right for all of them.
         beyond: set[int] = set()
         frame_no = end + 1
         while frame := self._wal.frame(frame_no, page_size):
@@ -471,7 +472,7 @@ class Capture:
         if batch is None:
             batch = Batch(old.frame + 1, end, [], commit, old.checksum, b"")
         keys = {key >> 32: key for key in batch.keys}
-        keys.update((pgno, pgno << 32) for pgno in beyond)
+        keys.update((pgno, pgno << 32) for pgno in beyond - {0, lock_pgno(page_size)})
         batch.keys = sorted(key for key in keys.values() if key >> 32 <= commit)
         batch.commit = commit
         return batch
