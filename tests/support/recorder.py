@@ -48,7 +48,7 @@ from support.disk import (
 )
 from support.history import History
 from support.memory import MemoryStore, Object
-from walship.replica import capture, engine, spool, uploader
+from walship.replica import capture, host, spool, uploader
 from walship.replica.files import Files
 from walship.replica.frames import WalReader
 from walship.replica.spool import Spool
@@ -810,7 +810,7 @@ def _main(job: Path) -> None:
     store = MemoryStore(objects)
     store.before, store.after = recorder.put, recorder.landed
     if not script.directory:
-        engine.open_store = lambda settings, clock: store
+        host.open_store = lambda settings, clock: store
     recorder.install()
     if script.mutant is not None:
         MUTANTS[script.mutant]()
