@@ -59,7 +59,7 @@ log = logging.getLogger("walship")
 #: removing the WAL, which then simply stays.
 _VIEW_WAIT_S: Final = 5.0
 #: How long `status` waits for the word of the process that uploads; it is on the same machine.
-_ASK_S: Final = 0.25
+_ASK_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -553,6 +553,9 @@ class Engine:
         if mine.uploader or mine.state == "stopped":
             return mine
         answer = self._peers.ask({"op": "status"}, _ASK_S)
+        if answer is None and self._peers.leader_pid is not None:
+            trouble = f"process {self._peers.leader_pid}, which uploads, does not answer"
+            return replace(mine, state="retrying", last_error=trouble)
         if answer is None or not isinstance(answer.get("status"), dict):
             return mine
         try:

@@ -1,6 +1,7 @@
 """What processes that share a state directory tell each other: short messages through named pipes.
 
-Each process that has the database open reads one pipe, ``<random>.fifo`` in the state directory.
+Each process that has the database open reads one pipe in the state directory, named
+``<process id>-<random>.fifo``.
 The one that uploads writes the name of its own into the file ``leader``; the others ring its bell,
 ask it to send what they have committed, and get its answers in their own pipes.  A pipe that nobody
 reads any more cannot be written to, so a leader that died is noticed at the next message.
@@ -56,7 +57,7 @@ class Pipe:
     def __init__(self, files: Files, directory: Path) -> None:
         self._files = files
         self._directory = directory
-        self.name = secrets.token_hex(8) + _SUFFIX
+        self.name = f"{os.getpid()}-{secrets.token_hex(8)}{_SUFFIX}"
         self._fd = files.make_fifo(directory / self.name)
         self._rest = b""
 
@@ -130,6 +131,12 @@ class Peers:
     def name(self) -> str:
         """Where answers to this process go."""
         return self._pipe.name
+
+    @property
+    def leader_pid(self) -> str | None:
+        """Id of the process that took the last message for the leader; None if it is gone."""
+        leader = self._leader
+        return None if leader is None else leader.partition("-")[0]
 
     def start(self) -> None:
         """Listen in a thread of its own (a daemon)."""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import apsw
 
 from walship.replica.config import database_settings, default_replica, load_config
-from walship.replica.engine import Engine, Status, restore_if_missing
+from walship.replica.engine import Engine, Status
 from walship.replica.errors import ClosedError, ConfigError, ReplicaError
 from walship.replica.settings import DatabaseSettings, ReplicaSettings
 from walship.replica.sqlite import RefusedError, require_sqlite
@@ -147,8 +147,6 @@ def connect(
     found = _settings(name, replica, restore, own, settings)
     if found.replica is not None:
         registry.configure(found)
-        if found.restore == "if-missing" and registry.engine(name) is None:
-            restore_if_missing(found)
     install()
     connection = Connection(name, flags=flags, vfs=VFS_NAME)
     try:

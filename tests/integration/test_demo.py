@@ -96,7 +96,7 @@ def test_demo_with_a_bucket(s3_server: S3Endpoint, tmp_path: Path) -> None:
     check(run_demo(tmp_path, "--seconds", "1.5", more=more))
     keys = s3_server.keys(bucket)
     assert keys
-    assert all(re.match(r"walship-demo/\d{8}-\d{6}/000\d/", key) for key in keys)
+    assert all(re.match(r"walship-demo/\d{8}-\d{6}/(000\d/|lock.json$)", key) for key in keys)
 
 
 def test_demo_with_a_url(minio_server: S3Endpoint, tmp_path: Path) -> None:

@@ -226,3 +226,169 @@ def test_pipes_of_the_dead_are_removed(tmp_path: Path, fleet: Workers) -> None:
     assert len(_pipes(database)) == 1
     last.run("close()")
     assert _pipes(database) == []
+
+
+def test_a_missing_database_in_two_threads(tmp_path: Path, fleet: Workers) -> None:
+    """Two threads of one process find the database missing: one restores, the other one waits."""
+    database = Database(tmp_path)
+    fleet(database.path, database.replica).run("insert(30, 3000); close()")
+    _lose_disk(database)
+    worker = fleet(database.path, database.replica, opened=False)
+    worker.run(
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "def connect():\n"
+        "    db = walship.connect(job['path'], job['replica'])\n"
+        "    return db.execute('SELECT count(*) FROM rows').fetchall()[0][0], db.close()\n"
+        "with ThreadPoolExecutor(4) as pool:\n"
+        "    counts = [f.result()[0] for f in [pool.submit(connect) for _ in range(4)]]\n"
+    )
+    assert worker.run("counts") == [30, 30, 30, 30]
+
+
+def test_the_replica_does_not_answer_at_the_start(tmp_path: Path, fleet: Workers) -> None:
+    """Several that start while the store is away all open, and ship once it is back."""
+    database = Database(tmp_path)
+    fleet(database.path, database.replica).run("insert(3); close()")
+    three = [
+        fleet(database.path, database.replica, opened=False, open_timeout=1.0) for _ in range(3)
+    ]
+    for worker in three:
+        worker.run("hold_puts()")
+        worker.begin("open(); insert()")
+    for worker in three:
+        worker.end()
+    for worker in three:
+        worker.begin("release_puts(); sync()")
+    for worker in three:
+        worker.end()
+    _assert_replica_has(database, fleet.committed())
+
+
+_FORK = """
+def child():
+    try:
+        db.execute("SELECT 1")
+        return 1
+    except apsw.ConnectionClosedError:
+        own = walship.connect(job["path"], job["replica"], busy_timeout=30)
+        own.execute("INSERT INTO rows VALUES (?, 1, NULL)", (job["who"] + "-child",))
+        walship.replication(own).sync(30)
+        own.close()
+        return 0
+
+pid = os.fork()
+if pid == 0:
+    try:
+        os._exit(child())
+    finally:
+        os._exit(2)
+"""
+
+
+def test_a_fork_beside_others(tmp_path: Path, fleet: Workers) -> None:
+    """F22: a child forked after opening has no connection and may open anew; all others go on."""
+    database = Database(tmp_path)
+    uploader = fleet(database.path, database.replica)
+    other = fleet(database.path, database.replica)
+    for forking, writing in ((uploader, other), (other, uploader)):
+        writing.run("write(0.001)")
+        writing.wait_committed(len(writing.committed) + 20)
+        forking.run("insert()")
+        forking.run(_FORK)
+        assert forking.run("os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])") == 0
+        _assert_replica_has(database, {(f"{forking.who}-child", 1)})
+        forking.run("insert()")
+        writing.run("stop()")
+        writing.run("sync()")
+        _assert_replica_has(database, fleet.committed())
+    assert uploader.run("engine().uploader.leads")
+    assert _full_copies(fleet) == 1
+
+
+_POOL = """
+import multiprocessing, sys
+import walship
+
+def task(arguments):
+    path, replica, n = arguments
+    with walship.connect(path, replica, busy_timeout=30) as db:
+        db.execute("INSERT INTO rows VALUES ('pool', ?, NULL)", (n,))
+    db.close()
+    return n
+
+if __name__ == "__main__":
+    path, replica, method = sys.argv[1:]
+    with multiprocessing.get_context(method).Pool(3) as pool:
+        done = pool.map(task, [(path, replica, n) for n in range(12)], chunksize=1)
+        pool.close()
+        pool.join()
+    assert sorted(done) == list(range(12))
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_multiprocessing(tmp_path: Path, fleet: Workers, method: str) -> None:
+    """Tasks of a pool open, commit and close, again and again, beside a process that stays."""
+    database = Database(tmp_path)
+    stays = fleet(database.path, database.replica)
+    program = tmp_path / "pool.py"
+    program.write_text(_POOL)
+    command = [sys.executable, program, database.path, database.replica, method]
+    subprocess.run(command, check=True, timeout=60, stdin=subprocess.DEVNULL)
+    stays.run("sync()")
+    _assert_replica_has(database, {("pool", n) for n in range(12)})
+    assert _full_copies(fleet) == 1
+
+
+def test_one_that_only_checkpoints(tmp_path: Path, fleet: Workers) -> None:
+    """A process that never writes checkpoints all the time: its gate seals what others wrote."""
+    database = Database(tmp_path)
+    writers = fleet.many(2, database.path, database.replica)
+    checkpointer = fleet(database.path, database.replica)
+    for worker in writers:
+        worker.run("write(0.0, 3000)")
+    checkpointer.run(
+        "db.set_busy_timeout(20)\n"
+        "for n in range(60):\n"
+        "    for mode in ('PASSIVE', 'RESTART', 'TRUNCATE'):\n"
+        "        try:\n"
+        "            db.execute(f'PRAGMA wal_checkpoint({mode})').fetchall()\n"
+        "        except apsw.BusyError:\n"
+        "            pass\n"
+    )
+    for worker in writers:
+        worker.run("stop()")
+    checkpointer.run("sync()")
+    _assert_replica_has(database, fleet.committed())
+    assert _full_copies(fleet) == 1
+
+
+GATES = {
+    "restart": "PRAGMA wal_checkpoint(RESTART)",
+    "truncate": "PRAGMA wal_checkpoint(TRUNCATE)",
+    "vacuum": "VACUUM",
+}
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_gates_do_not_wait_for_the_uploader(tmp_path: Path, fleet: Workers, gate: str) -> None:
+    """While the uploader is stopped the others commit, pass gates and close; a wait says why."""
+    database = Database(tmp_path)
+    uploader = fleet(database.path, database.replica)
+    others = fleet.many(2, database.path, database.replica)
+    others[0].run("insert(5); sync()")
+    uploader.pause()
+    for worker in others:
+        for _ in range(3):
+            worker.run("insert(5, 3000)")
+            worker.run(f"db.execute({GATES[gate]!r}).fetchall()")
+    with pytest.raises(WorkerError) as caught:
+        others[1].run("sync(0.5)")
+    assert caught.value.kind == "NotYetReplicated"
+    assert f"process {uploader.pid}, which uploads, does not answer" in caught.value.text
+    assert "safe on this disk and will be shipped" in caught.value.text
+    others[1].run("close()")
+    uploader.resume()
+    others[0].run("insert(); sync()")
+    _assert_replica_has(database, fleet.committed())
+    assert _full_copies(fleet) == 1
