@@ -243,7 +243,11 @@ class Engine:
         state = self.capture.state
         adopt = self._adopt or state.adopt
         store = self._retrying(attempts=2)
-        reconcile(self.capture, store, self._clock, adopt=adopt, reserve=self._reserve)
+        try:
+            reconcile(self.capture, store, self._clock, adopt=adopt, reserve=self._reserve)
+        except ContinuityError:
+            self.fence.release()  # for one that does continue the replica
+            raise
         with self._admission:
             self._reserved = False
             self.capture.amend(admitted=True, adopt=False)
@@ -688,7 +692,7 @@ class _Memory:
         return self._capture.state.nonces
 
     def keep_nonces(self, nonces: tuple[str, ...]) -> None:
-        self._capture.amend(nonces=nonces)
+        self._capture.amend(durable=True, nonces=nonces)
 
     def is_tested(self) -> bool:
         return self._capture.state.fence_tested == self._url

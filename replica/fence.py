@@ -35,19 +35,29 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import secrets
 import socket
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, Protocol
 
 from .clock import Clock
-from .errors import ObjectNotFound, PreconditionFailed, StoreError
+from .errors import ClosedError, ObjectNotFound, PreconditionFailed, StoreError
 from .sqlite import FencedError, RefusedError
-from .store.base import EPOCH_METADATA, ObjectInfo, ObjectStore, Version, list_segments
+from .store.base import (
+    EPOCH_METADATA,
+    IN_FLIGHT_MAX,
+    ObjectInfo,
+    ObjectStore,
+    SegmentInfo,
+    Version,
+    list_segments,
+)
 
 __all__ = ["LEASE_KEY", "Fence", "Lease", "Memory", "owner_name", "parse_lease"]
 
@@ -114,6 +124,8 @@ def parse_lease(body: bytes) -> Lease | None:
         content: Any = json.loads(body)
         expires = datetime.fromisoformat(str(content["expires_at"]))
         lease_s = float(content.get("lease_seconds", _DEFAULT_LEASE_S))
+        if not math.isfinite(lease_s):
+            return None
         return Lease(
             generation=int(content["generation"]),
             owner=str(content.get("owner", "")),
@@ -131,6 +143,21 @@ def parse_lease(body: bytes) -> Lease | None:
 def owner_name(path: str) -> str:
     """How this database calls itself in a lease: host, process and file."""
     return f"{socket.gethostname()}:{os.getpid()} ({path})"
+
+
+@dataclass(frozen=True, slots=True)
+class _Tail:
+    """The end of level 0, whose objects are signs of life of whoever put them there.
+
+    Attributes:
+        max_txid: the highest that is there; 0 without any.
+        newest_ms: when the youngest object was stored; one sent again may lie before the last.
+        segments: the last ones, among which there may be gaps that are filled later.
+    """
+
+    max_txid: int
+    newest_ms: int
+    segments: tuple[SegmentInfo, ...]
 
 
 class Memory(Protocol):
@@ -232,6 +259,7 @@ class Fence:
         Raises:
             FencedError: another writer is alive; it is named.
             RefusedError: the fence is required and the store cannot.
+            ClosedError: nobody is interested any more.
             StoreError: try again.
         """
         if not self._works:
@@ -239,23 +267,27 @@ class Fence:
         deadline = self._clock.monotonic() + self._wait_s
         told = False
         races = 0
+        tail: _Tail | None = None
         while True:
             version = self._read()
             held = parse_lease(version.body) if version is not None else None
-            owner, newest, left_s = "", None, 0.0
+            owner, silent_s, left_s = "", 0.0, 0.0
             if version is not None and not self._is_free(held):
                 # Whatever it is that cannot be read: somebody wrote it.
                 owner = held.owner if held is not None else "another writer"
-                newest = None if self._store.logical_times else self._newest()
-                left_s = self._left(version, held, newest)
+                if not self._store.logical_times:
+                    tail = self._look_at_tail(tail)
+                silent_s = self._silent(version, tail)
+                left_s = self._lease_of(held) + _ROUNDING_S - silent_s
             if left_s <= 0:
-                if self._take(version, held, newest):
+                if self._take(version, held, tail):
                     return
                 races += 1
                 if races < _RACES:
                     continue
-            if self._clock.monotonic() >= deadline or self._ended():
-                silent_s = max(0.0, self._lease_of(held) - left_s)
+            if self._ended():
+                raise ClosedError(f"{self._store.url} is not waited for any more")
+            if self._clock.monotonic() >= deadline:
                 raise FencedError(
                     f"{self._store.url} belongs to {owner or 'another writer'}, last seen alive "
                     f"{silent_s:.0f} s ago: close it there first, or set fence-wait to wait for it "
@@ -276,13 +308,12 @@ class Fence:
     def _lease_of(self, held: Lease | None) -> float:
         return held.lease_s if held is not None else _DEFAULT_LEASE_S
 
-    def _left(self, version: Version, held: Lease | None, newest: ObjectInfo | None) -> float:
-        """Seconds for which somebody else's lease must still be respected."""
+    def _silent(self, version: Version, tail: _Tail | None) -> float:
+        """For how long nothing has been heard of whoever holds the lease, seconds."""
         alive_ms = version.modified_ms
-        if newest is not None:
-            alive_ms = max(alive_ms, newest.modified_ms)
-        age_s = (version.now_ms - alive_ms) / 1000
-        return self._lease_of(held) + _ROUNDING_S - age_s
+        if tail is not None:
+            alive_ms = max(alive_ms, tail.newest_ms)
+        return max(0.0, (version.now_ms - alive_ms) / 1000)
 
     def _read(self) -> Version | None:
         try:
@@ -290,14 +321,23 @@ class Fence:
         except ObjectNotFound:
             return None
 
-    def _newest(self) -> ObjectInfo | None:
-        """The newest segment of level 0, whose time is a sign of life."""
-        newest: ObjectInfo | None = None
-        for segment in list_segments(self._store, 0):
-            newest = ObjectInfo(segment.key, segment.size_bytes, segment.created_ms)
-        return newest
+    def _look_at_tail(self, known: _Tail | None) -> _Tail:
+        """What level 0 tells of its writer.
 
-    def _take(self, version: Version | None, held: Lease | None, newest: ObjectInfo | None) -> bool:
+        Args:
+            known: what was seen a while ago; only what may have changed since is listed.
+        """
+        after = max(0, known.max_txid - IN_FLIGHT_MAX) if known is not None else None
+        newest_ms = known.newest_ms if known is not None else 0
+        last: deque[SegmentInfo] = deque(maxlen=IN_FLIGHT_MAX)
+        for segment in list_segments(self._store, 0, after_txid=after):
+            newest_ms = max(newest_ms, segment.created_ms)
+            last.append(segment)
+        max_txid = last[-1].max_txid if last else 0
+        first = max_txid - IN_FLIGHT_MAX
+        return _Tail(max_txid, newest_ms, tuple(s for s in last if s.max_txid > first))
+
+    def _take(self, version: Version | None, held: Lease | None, tail: _Tail | None) -> bool:
         """Swap the lease for one of ours; False if somebody else was faster."""
         generation = (held.generation if held is not None else 0) + 1
         known = self._memory.nonces()
@@ -339,7 +379,7 @@ class Fence:
             log.warning(
                 "%s taken over from %s, whose lease had run out", self._store.url, held.owner
             )
-            self._wait_for_the_last(newest, held)
+            self._wait_for_the_last(tail, held)
         return True
 
     def _hold(self, lease: Lease, etag: str, began: float) -> None:
@@ -348,19 +388,22 @@ class Fence:
     def _expiry(self) -> int:
         return self._clock.now_ms() + int(self._lease_s * 1000)
 
-    def _wait_for_the_last(self, before: ObjectInfo | None, former: Lease) -> None:
+    def _wait_for_the_last(self, before: _Tail | None, former: Lease) -> None:
         """Something that the former writer got through between our look and our swap is a sign of
         life, on which it may acknowledge what it sends until that is too old: let it end."""
         if self._store.logical_times:
             return  # the swap itself compared the only sign of life there is
-        after = self._newest()
-        if after is not None and (before is None or before.key != after.key):
+        after = self._look_at_tail(before)
+        if before is not None and after.segments != before.segments:
             self._clock.sleep(former.lease_s)
             self.renew()
 
     def _test(self, lease: Lease, exists: bool) -> bool:
-        """Whether the store honours conditions that cannot hold; at the first use of a replica."""
-        body = replace(lease, renewals=-1).to_json()
+        """Whether the store honours conditions that cannot hold; at the first use of a replica.
+
+        A store that does not is left with a lease that nobody holds.
+        """
+        body = replace(lease, owner="", renewals=-1).to_json()
         try:
             if not exists:
                 # Nobody else can be hurt by an object that was not there.

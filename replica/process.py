@@ -9,23 +9,35 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 __all__ = ["is_gone", "this_process"]
 
 
 def this_process() -> str:
     """The name of this process; empty where none can be given."""
-    started = _start_time(os.getpid())
-    return f"{_surroundings()}/{os.getpid()}/{started}" if started is not None else ""
+    found = _look(os.getpid())
+    surroundings = _surroundings()
+    return f"{surroundings}/{os.getpid()}/{found.started}" if found and surroundings else ""
 
 
 def is_gone(process: str) -> bool:
     """Whether the process with this name is sure not to exist any more."""
     surroundings, _, rest = process.rpartition("/")
     surroundings, _, pid = surroundings.rpartition("/")
-    if not (pid.isdigit() and rest.isdigit()) or surroundings != _surroundings():
+    if not (surroundings and pid.isdigit() and rest.isdigit()):
         return False
-    return _start_time(int(pid)) != int(rest)
+    if surroundings != _surroundings():
+        return False
+    try:
+        # ``/proc`` may hide processes of other users; this does not.
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        pass  # it exists, and is another user's
+    found = _look(int(pid))
+    return found is not None and (found.dead or found.started != int(rest))
 
 
 def _surroundings() -> str:
@@ -36,12 +48,20 @@ def _surroundings() -> str:
         return ""
 
 
-def _start_time(pid: int) -> int | None:
-    """When a process was started, in the kernel's ticks since boot; None if there is none."""
+class _Found(NamedTuple):
+    """A process: when it was started, in the kernel's ticks since boot, and whether it has ended
+    and only waits for its parent to notice."""
+
+    started: int
+    dead: bool
+
+
+def _look(pid: int) -> _Found | None:
+    """None if it cannot be seen."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
         # The name, in parentheses, may hold anything.
         fields = status.rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else int(fields[19])
+        return _Found(int(fields[19]), fields[0] in "ZX")
     except (OSError, IndexError, ValueError):
         return None

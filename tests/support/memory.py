@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from walship.replica.clock import Clock, SystemClock
 from walship.replica.errors import ObjectNotFound, PreconditionFailed, StoreUnavailable
 from walship.replica.store.base import Body, ObjectInfo, Version
 
@@ -31,6 +31,7 @@ class MemoryStore:
 
     Args:
         objects: its content, which it changes.
+        clock: the store's own; the real one by default.
 
     Attributes:
         away: every request fails, without effect.
@@ -40,9 +41,18 @@ class MemoryStore:
             removed).
     """
 
-    def __init__(self, objects: dict[str, Object], url: str = "s3://bucket/app") -> None:
+    logical_times = False
+
+    def __init__(
+        self,
+        objects: dict[str, Object],
+        url: str = "s3://bucket/app",
+        *,
+        clock: Clock | None = None,
+    ) -> None:
         self.objects = objects
         self.url = url
+        self._clock = clock or SystemClock()
         self.away = False
         self.lost = 0
         self.latency: Callable[[str], float] = lambda key: 0.0
@@ -65,9 +75,9 @@ class MemoryStore:
     ) -> ObjectInfo:
         self._reach()
         content = body.read_bytes() if isinstance(body, Path) else bytes(body)
-        made = Object(content, time.time_ns() // 1_000_000, dict(metadata or {}))
+        made = Object(content, self._clock.now_ms(), dict(metadata or {}))
         self.before(key, made)
-        time.sleep(self.latency(key))
+        self._clock.sleep(self.latency(key))
         with self._lock:
             found = self.objects.get(key)
             if if_absent and found is not None:
@@ -89,7 +99,7 @@ class MemoryStore:
         found = self._find(key)
         if found.etag == unless_etag:
             return None
-        return Version(found.body, found.etag, found.modified_ms, time.time_ns() // 1_000_000)
+        return Version(found.body, found.etag, found.modified_ms, self._clock.now_ms())
 
     def head(self, key: str) -> ObjectInfo:
         return _info(key, self._find(key))
