@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
-import signal
-import sqlite3
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from support.databases import Database
-from support.workers import Worker, WorkerDied, WorkerError, Workers, rows_of, workers
-from walship.replica.spool import read_state
+from support.workers import Worker, WorkerError, Workers, rows_of, workers
 
 
 @pytest.fixture
@@ -179,7 +173,7 @@ def test_another_replica_is_refused(tmp_path: Path, fleet: Workers) -> None:
     first = fleet(database.path, database.replica)
     second = fleet(database.path, tmp_path / "elsewhere", opened=False)
     before = _pipes(database)
-    with pytest.raises(WorkerError, match="another process ships this database to .*app.db-re"):
+    with pytest.raises(WorkerError, match=r"another process ships this database to .*app.db-re"):
         second.run("open()")
     assert _pipes(database) == before
     assert not (tmp_path / "elsewhere").exists()
@@ -201,7 +195,7 @@ def test_all_come_back_with_another_replica(tmp_path: Path, fleet: Workers) -> N
     second = fleet(database.path, database.replica, opened=False)
     second.begin("open()")
     old = fleet(database.path, tmp_path / "app.db-replica", opened=False)
-    with pytest.raises(WorkerError, match="another process ships this database to .*elsewhere"):
+    with pytest.raises(WorkerError, match=r"another process ships this database to .*elsewhere"):
         old.run("open()")
     assert not second.has_answered()
     first.kill()

@@ -78,8 +78,8 @@ class Worker:
         Worker._serial += 1
         self.who = who or f"w{Worker._serial}"
         self.path = path
-        self._log = tempfile.TemporaryFile("w+b")
-        place = dict(replica) if isinstance(replica, Mapping) else {"path": str(replica)}
+        self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115
+        place = {"path": str(replica)} if isinstance(replica, (str, Path)) else dict(replica)
         job = {
             "path": str(path),
             "replica": {"sync_interval": 0.0, **place},
@@ -319,10 +319,15 @@ class _Child:
         db.execute("BEGIN IMMEDIATE")
         try:
             db.execute("CREATE TABLE IF NOT EXISTS rows (who, n, pad, PRIMARY KEY (who, n))")
-            own = "SELECT coalesce(max(n), 0) FROM rows WHERE who = ?"
-            self.n = db.execute(own, (self.job["who"],)).fetchall()[0][0]
+            self.n = self.newest(db)
         finally:
             db.execute("COMMIT")
+
+    def newest(self, db: Any) -> int:
+        """The highest number among its rows."""
+        own = "SELECT coalesce(max(n), 0) FROM rows WHERE who = ?"
+        found: int = db.execute(own, (self.job["who"],)).fetchall()[0][0]
+        return found
 
     def close(self) -> None:
         self.names["db"].close(True)
@@ -337,8 +342,8 @@ class _Child:
             try:
                 values = (self.job["who"], n, os.urandom(size))
                 db.execute("INSERT INTO rows VALUES (?, ?, ?)", values)
-            except walship.NotYetReplicated:
-                self.n = n  # it is there all the same
+            except walship.ReplicaError:
+                self.n = self.newest(db)  # it may be there all the same
                 raise
             self.n = n
             self.say({"row": n})

@@ -1,0 +1,313 @@
+"""One writer per replica, with real processes that take themselves for different hosts."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import random
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import walship
+from support.databases import WAIT_S, Database, Stores
+from support.litestream import Litestream, Place, in_bucket, in_directory
+from support.recording import Answer, RecordingEndpoint, Request, error_answer, recording_endpoint
+from support.servers import S3Endpoint
+from support.workers import Row, Worker, WorkerDied, WorkerError, Workers, rows_of, workers
+from walship.replica.clock import SystemClock
+from walship.replica.fence import LEASE_KEY, Lease, parse_lease
+from walship.replica.restore import restore
+
+#: The shortest lease there is, seconds; a crashed owner keeps others out for this and two more.
+LEASE_S = 2.0
+#: How long hosts fight, seconds.
+FIGHT_S = 60.0 if os.environ.get("WALSHIP_DEEP") else 8.0
+
+
+@pytest.fixture
+def fleet() -> Iterator[Workers]:
+    with workers() as made:
+        yield made
+
+
+@pytest.fixture(params=["directory", "minio", "seaweedfs"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """An empty replica: a directory, and a path in a bucket of each S3 server."""
+    if request.param == "directory":
+        return in_directory(tmp_path / "replica")
+    server: S3Endpoint = request.getfixturevalue(f"{request.param}_server")
+    return in_bucket(server)
+
+
+class Hosts:
+    """Machines, each with a disk of its own, whose databases share one replica."""
+
+    def __init__(self, fleet: Workers, directory: Path, place: Place) -> None:
+        self.fleet = fleet
+        self.directory = directory
+        self.place = place
+        self._restored = itertools.count()
+
+    def path(self, name: str) -> Path:
+        disk = self.directory / name
+        disk.mkdir(exist_ok=True)
+        return disk / "app.db"
+
+    def start(self, name: str, *, opened: bool = True, **settings: Any) -> Worker:
+        """A process on a machine."""
+        given = {"fence_lease": LEASE_S, "durability": "replica", **settings}
+        path = self.path(name)
+        return self.fleet(path, self.place.ours, host=name, opened=opened, **given)
+
+    def restore(self) -> Path:
+        output = self.directory / f"restored-{next(self._restored)}.db"
+        with contextlib.closing(self.place.store()) as store:
+            restore(store, output, clock=SystemClock(), integrity_check="full")
+        return output
+
+    def lease(self) -> Lease:
+        with contextlib.closing(self.place.store()) as store:
+            found = store.read(LEASE_KEY)
+        assert found is not None
+        lease = parse_lease(found.body)
+        assert lease is not None
+        return lease
+
+
+@pytest.fixture
+def hosts(fleet: Workers, tmp_path: Path, place: Place) -> Hosts:
+    return Hosts(fleet, tmp_path, place)
+
+
+@pytest.fixture
+def local_hosts(fleet: Workers, tmp_path: Path) -> Hosts:
+    return Hosts(fleet, tmp_path, in_directory(tmp_path / "replica"))
+
+
+def _refused(worker: Worker, source: str) -> WorkerError:
+    with pytest.raises(WorkerError) as caught:
+        worker.run(source)
+    return caught.value
+
+
+def _lose(path: Path) -> None:
+    """A new machine of the same name: the disk is empty."""
+    shutil.rmtree(path.parent)
+    path.parent.mkdir()
+
+
+# -- one after the other --------------------------------------------------------------------------
+
+
+def test_a_second_host_is_refused(local_hosts: Hosts) -> None:
+    """While the owner lives nobody else opens the replica; the owner is named, and goes on."""
+    hosts = local_hosts
+    a = hosts.start("a", fence_lease=30.0)
+    a.run("insert()")
+    b = hosts.start("b", opened=False)
+    error = _refused(b, "open()")
+    assert error.kind == "FencedError"
+    assert f":{a.pid} ({hosts.path('a')})" in error.text
+    assert "fence-wait" in error.text
+    a.run("insert()")
+    assert rows_of(hosts.restore()) == set(a.committed)
+
+
+def test_a_clean_close_hands_over_at_once(local_hosts: Hosts) -> None:
+    """The lease is given up by the last close: the next host need not wait for anything."""
+    hosts = local_hosts
+    for name in ("a", "b", "c"):
+        worker = hosts.start(name, fence_lease=120.0)
+        worker.run("insert(3); close()")
+        assert hosts.lease().owner == ""
+    assert rows_of(hosts.restore()) == hosts.fleet.committed()
+
+
+def test_after_sigkill_the_same_disk_goes_on_at_once(local_hosts: Hosts) -> None:
+    """It knows the nonce of the lease that its dead process held, with whatever process comes."""
+    hosts = local_hosts
+    for _ in range(3):
+        worker = hosts.start("a", fence_lease=120.0)
+        worker.run("insert(3)")
+        worker.kill()
+    assert rows_of(hosts.restore()) == hosts.fleet.committed()
+
+
+def test_after_sigkill_the_same_machine_goes_on_at_once(local_hosts: Hosts) -> None:
+    """A process that sees that the owner is gone need not wait, whatever directory it has."""
+    first = local_hosts.fleet(
+        local_hosts.path("a"), local_hosts.place.ours, fence_lease=120.0, durability="replica"
+    )
+    first.run("insert(3)")
+    second = local_hosts.fleet(
+        local_hosts.path("b"), local_hosts.place.ours, fence_lease=120.0, opened=False
+    )
+    assert _refused(second, "open()").kind == "FencedError"
+    first.kill()
+    second.run("open(); insert(); sync()")
+    assert rows_of(local_hosts.restore()) == local_hosts.fleet.committed()
+
+
+def test_after_sigkill_another_machine_waits_for_the_lease(hosts: Hosts) -> None:
+    """The lease's end decides, by the store's clock; all that was acknowledged is there."""
+    a = hosts.start("a")
+    a.run("insert(3)")
+    a.kill()
+    b = hosts.start("b", opened=False)
+    assert _refused(b, "open()").kind == "FencedError"
+    generation = hosts.lease().generation
+    b.run("open(fence_wait=30); insert()")
+    lease = hosts.lease()
+    assert lease.generation == lease.since == generation + 1
+    assert rows_of(hosts.restore()) == hosts.fleet.committed()
+
+
+# -- both at once ---------------------------------------------------------------------------------
+
+
+def test_a_paused_writer_finds_itself_fenced(hosts: Hosts) -> None:
+    """Stopped for longer than its lease and continued: nothing it does harms the other one."""
+    a = hosts.start("a")
+    a.run("insert(3)")
+    a.pause()
+    b = hosts.start("b", fence_wait=30)
+    b.run("insert(2)")
+    kept = rows_of(hosts.restore())
+    assert kept == hosts.fleet.committed()
+    a.resume()
+    error = _refused(a, "insert()")
+    assert error.kind == "FencedError"
+    assert f":{b.pid} ({hosts.path('b')})" in error.text
+    assert rows_of(hosts.restore()) == kept
+    b.run("insert()")
+    assert rows_of(hosts.restore()) == hosts.fleet.committed()
+    assert a.run("status()")["fence"] == "lost"
+    assert a.run("status()")["state"] == "stopped"
+
+
+@pytest.mark.parametrize("on_fenced", ["refuse", "local"])
+def test_commits_of_the_loser(local_hosts: Hosts, on_fenced: str) -> None:
+    """They are refused before they are made, or made here only; the log says which."""
+    hosts = local_hosts
+    a = hosts.start("a", on_fenced=on_fenced)
+    a.run("insert(3)")
+    a.pause()
+    b = hosts.start("b", fence_wait=30)
+    b.run("insert()")
+    a.resume()
+    assert _refused(a, "insert()").kind == "FencedError"
+    kept = hosts.fleet.committed()
+    count = "db.execute('SELECT count(*) FROM rows').fetchall()[0][0]"
+    before = a.run(count)
+    if on_fenced == "refuse":
+        error = _refused(a, "db.execute('BEGIN'); insert(); db.execute('COMMIT')")
+        assert error.kind == "FencedError"
+        a.run("db.in_transaction and db.execute('ROLLBACK')")
+        assert a.run(count) == before
+        assert "ERROR walship.uploader: app.db: " in a.log()
+    else:
+        a.run("own = walship.connect(job['path'], durability='async')")
+        state = hosts.path("a").parent / ".app.db-walship"
+        a.run("insert(60, 30000, db=own)")
+        a.run("own.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall()")
+        assert a.run(count) == before + 60
+        assert "commits go on here, and are not shipped any more" in a.log()
+        # Nothing piles up for a replica that does not want it.
+        assert sum(file.stat().st_size for file in state.iterdir()) < 2 << 20
+    assert rows_of(hosts.restore()) == kept
+    assert b.run("insert()") == 2
+
+
+def test_a_copy_of_a_state_directory(hosts: Hosts) -> None:
+    """Database and state were copied to another machine and both run: both are told, none of what
+    either acknowledged is lost."""
+    a = hosts.start("a")
+    a.run("insert(3)")
+    a.pause()
+    disk = hosts.path("a").parent
+    shutil.copytree(disk, disk.with_name("b"), ignore=shutil.ignore_patterns("*.fifo"))
+    a.resume()
+    b = hosts.start("b")  # it knows the nonce
+    errors = []
+    for worker in (a, b, a, b):
+        try:
+            worker.run("insert()")
+        except WorkerError as error:
+            errors.append(error)
+            assert error.kind in ("FencedError", "ContinuityError")
+    assert errors
+    assert hosts.fleet.committed() <= rows_of(hosts.restore())
+
+
+def test_two_hosts_fight(hosts: Hosts, litestream: Path, tmp_path: Path) -> None:
+    """Killed, paused, closed, with new disks and old ones: one history, restorable by either
+    program, with everything that was ever acknowledged; whoever loses is told by whom."""
+    told: list[str] = []
+    failures: list[BaseException] = []
+    end = time.monotonic() + FIGHT_S
+    owners = {name: hosts.path(name) for name in ("a", "b")}
+
+    def live(name: str, seed: int) -> None:
+        rng = random.Random(seed)
+        try:
+            while time.monotonic() < end:
+                if rng.random() < 0.5:
+                    _lose(owners[name])
+                worker = hosts.start(name, opened=False)
+                _live_once(worker, rng)
+                worker.dispose()
+        except BaseException as error:
+            failures.append(error)
+
+    def _live_once(worker: Worker, rng: random.Random) -> None:
+        try:
+            worker.run(f"open(fence_wait={rng.choice((0, 1, 10))})")
+            worker.run(f"write({rng.choice((0.0, 0.02, 0.3))})")
+            time.sleep(rng.random() * 2)
+            fate = rng.choice(("kill", "close", "pause", "pause"))
+            if fate == "kill":
+                worker.kill()
+                return
+            if fate == "pause":
+                worker.pause()
+                time.sleep(rng.random() * 2.5 * LEASE_S)
+                worker.resume()
+                time.sleep(0.2)
+            worker.run("stop()")
+            worker.run("close()")
+        except WorkerError as error:
+            assert error.kind in ("FencedError", "ContinuityError"), error
+            told.append(f"{error.kind}: {error.text}")
+            if error.kind == "ContinuityError":
+                worker.kill()
+                _lose(owners[worker.path.parent.name])
+
+    threads = [threading.Thread(target=live, args=(name, seed)) for seed, name in enumerate(owners)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+    fenced = [text for text in told if text.startswith("FencedError")]
+    assert any(str(path) in text for path in owners.values() for text in fenced), told
+    committed = hosts.fleet.committed()
+    assert committed
+    assert committed <= rows_of(hosts.restore())
+    # A last one comes and goes on.
+    _lose(owners["a"])
+    last = hosts.start("a", fence_wait=30)
+    last.run("insert(3); close()")
+    expected = rows_of(owners["a"])
+    assert hosts.fleet.committed() <= expected
+    assert rows_of(hosts.restore()) == expected
+    other = Litestream(litestream, tmp_path, tmp_path / "app.db", hosts.place)
+    assert rows_of(other.restore(tmp_path / "by-litestream.db")) == expected
