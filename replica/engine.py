@@ -243,11 +243,7 @@ class Engine:
         state = self.capture.state
         adopt = self._adopt or state.adopt
         store = self._retrying(attempts=2)
-        try:
-            reconcile(self.capture, store, self._clock, adopt=adopt, reserve=self._reserve)
-        except ContinuityError:
-            self.fence.release()  # for one that does continue the replica
-            raise
+        reconcile(self.capture, store, self._clock, adopt=adopt, reserve=self._reserve)
         with self._admission:
             self._reserved = False
             self.capture.amend(admitted=True, adopt=False)
