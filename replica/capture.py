@@ -106,6 +106,8 @@ class Capture:
         self._note_wal = WalReader(path + "-wal", self._files)
         # Salts and mxFrame when the latest checkpoint began: the end of the WAL at a restart.
         self._known_end: tuple[WalSalts, int] | None = None
+        # The generation that this process let through the gate last, while its WAL is there.
+        self._let_in: WalSalts | None = None
         # The generation whose gate could not seal in this process, so that SQLite did not pass.
         self._refused: WalSalts | None = None
         #: Whether page 1 says WAL mode, as the VFS saw it last; before that nothing may be read,
@@ -363,6 +365,7 @@ class Capture:
             successor = WalPosition(header.salts, 0, header.checksum)
             self._drain_old_generation(successor, header.page_size, read_main)
             self._known_end = None
+            self._let_in = header.salts
         self._port.open()
 
     def gate_discard(self, read_main: Callable[[int, int], bytes]) -> None:
@@ -376,6 +379,7 @@ class Capture:
                 return
             self._drain_old_generation(None, self.state.page_size, read_main)
             self._known_end = None
+            self._let_in = None
 
     def _drain_old_generation(
         self,
@@ -656,20 +660,18 @@ class Capture:
         """
         started: list[tuple[State, WalSalts]] = []
 
-        def observe(mx_frame: int) -> None:
-            # Writers are kept out here, so header, frames and wal-index belong together.
-            with self.mutex:
+        def observe(mx_frame: int, is_still: Callable[[], bool] | None) -> bool:
+            with self.mutex:  # with it no gate lets the WAL be restarted
                 header = self._wal.header()
-                base = replace(self._unproven(), copying=True, page_size=0, wal_gone=not mx_frame)
+                base = replace(self._unproven(), copying=True, page_size=0, wal_gone=header is None)
                 salts = WalSalts(0, 0)
                 if header is not None and not mx_frame:
-                    # A WAL that was reset: its frames are in the main file, its header is there.
-                    previous = WalPosition(header.salts, 0, header.checksum)
-                    base = replace(base, previous=previous)
+                    # Reset, so that what it holds is in the main file, or just begun.
+                    base = replace(base, position=WalPosition(header.salts, 0, header.checksum))
                 elif header is not None:
                     frame = self._wal.frame(mx_frame, header.page_size)
                     if frame is None:
-                        return
+                        return False
                     salts = header.salts
                     base = replace(
                         base,
@@ -677,9 +679,12 @@ class Capture:
                         commit=frame.commit,
                         page_size=header.page_size,
                     )
+                if is_still is not None and (self._is_restarting(header) or not is_still()):
+                    return False
                 self._spool.record(base, durable=False, drop_pieces=True)
                 self._unrecorded = None
                 started.append((base, salts))
+                return True
 
         with self._port.read_view(observe) as view:
             if view is None or not started:
@@ -687,7 +692,7 @@ class Capture:
                 return
             base, salts = started[0]
             page_size, commit = base.page_size, base.commit
-            if base.position is None:
+            if not commit:
                 page_size, commit = _size_of_main(
                     view.read_main, self._files.stat(self.path).st_size
                 )
@@ -703,6 +708,10 @@ class Capture:
             keys = (newest.get(n, n << 32) for n in range(1, commit + 1) if n != locked)
             yield Batch(1, view.mx_frame, keys, commit, (0, 0), None), page_size, salts, view
 
+    def _is_restarting(self, header: WalHeader | None) -> bool:
+        """Whether somebody is past the gate whose new WAL header is not on disk yet."""
+        return self._let_in is not None and (header is None or header.salts != self._let_in)
+
     def _settled_after_copy(self, page_size: int, commit: int) -> State | None:
         """The state after all pages were read; None if continuity was lost again meanwhile."""
         now = self.state
@@ -710,8 +719,10 @@ class Capture:
             return None
         self._wal.sync()  # nothing may be in the replica that a power cut here can take back
         now = replace(now, copying=False, page_size=page_size, resync="", suspect=False)
+        if not now.commit:
+            now = replace(now, commit=commit)
         if now.wal_gone:
-            now = replace(now, commit=commit, fingerprint=self._settled_fingerprint())
+            now = replace(now, fingerprint=self._settled_fingerprint())
         return now
 
     def _after(self, batch: Batch) -> State:

@@ -385,6 +385,14 @@ class Engine:
 
     # -- for the VFS --------------------------------------------------------------------------
 
+    def before_reading(self) -> None:
+        """A connection reads for the first time: it shall not find us setting up the wal-index.
+
+        Without a busy timeout it would be told that the database is locked.
+        """
+        if self.capture.in_wal_mode:
+            self._port.published()
+
     def wait_ready(self) -> None:
         """Wait, up to ``open-timeout``, for the replica's answer.
 

@@ -20,7 +20,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 import apsw
 
@@ -30,6 +30,7 @@ __all__ = [
     "SQLITE_MIN_VERSION",
     "FencedError",
     "NotYetReplicated",
+    "Observe",
     "Published",
     "ReadView",
     "RefusedError",
@@ -50,6 +51,8 @@ _SHARED_SIZE: Final = 510
 
 #: Attempts at the wal-index: a torn header or a busy recovery lock clears within microseconds.
 _PROBE_ATTEMPTS: Final = 200
+#: Attempts at a read mark between two commits, before writers are kept out for it.
+_QUIET_ATTEMPTS: Final = 10
 
 
 class FencedError(ReplicaError, apsw.IOError):
@@ -83,6 +86,23 @@ class Published(NamedTuple):
 
     mx_frame: int
     n_backfill: int
+
+
+class Observe(Protocol):
+    """Told where a read mark lies while it is taken."""
+
+    def __call__(self, mx_frame: int, is_still: Callable[[], bool] | None) -> bool:
+        """Note where the WAL ends.
+
+        Args:
+            mx_frame: frames of the WAL that belong to what the mark shows.
+            is_still: tells whether that is still where the WAL ends; if not, the mark is worth
+                nothing.  Whoever keeps the WAL from being restarted while asking can rely on the
+                answer.  None while writers are kept out.
+
+        Returns:
+            Whether the mark can be used.
+        """
 
 
 def require_sqlite() -> None:
@@ -167,7 +187,8 @@ class SqlitePort:
         """What the wal-index says now; None without WAL mode, or if it cannot be had.
 
         Any thread, also from inside a VFS callback; takes no lock that SQLite waits for.  Recovers
-        a hot WAL on the first call, so look at the files before that.
+        a hot WAL on the first call, so look at the files before that.  As every connection of ours
+        comes after that call, whoever makes it does not meet the locks of a recovery of ours.
         """
         with self._probe_lock:
             if self._shut:
@@ -248,18 +269,15 @@ class SqlitePort:
             self._watch = -1
 
     @contextmanager
-    def read_view(self, observe: Callable[[int], None]) -> Iterator[ReadView | None]:
+    def read_view(self, observe: Observe) -> Iterator[ReadView | None]:
         """Take a read mark; None if a writer or a checkpoint was in the way (try again later).
 
-        Three connections, as the wal-index demands: one keeps writers out for microseconds, one
-        takes the mark, one asks how much of the WAL belongs to it.
-
         Args:
-            observe: called with mxFrame while writers are kept out; must be quick.
+            observe: called when the mark is taken, perhaps more than once; must be quick.
         """
         with self._view_lock:
             try:
-                reader = None if self._shut else self._open()
+                reader = self._open() if self.published() is not None else None
             except (apsw.CantOpenError, apsw.BusyError):
                 reader = None
             if reader is None:
@@ -270,28 +288,78 @@ class SqlitePort:
             finally:
                 reader.close(True)
 
-    def _mark(self, reader: apsw.Connection, observe: Callable[[int], None]) -> ReadView | None:
-        locker, asker = self._open(), self._open()
+    def _mark(self, reader: apsw.Connection, observe: Observe) -> ReadView | None:
+        asker = self._open()
         try:
-            try:
-                if reader.pragma("journal_mode") != "wal":
-                    return None
-                locker.execute("BEGIN IMMEDIATE")
-                reader.execute("BEGIN")
-                _read_once(reader)
-                published = _ask(asker)
-                if published is not None:
-                    observe(published.mx_frame)
-                locker.execute("ROLLBACK")
-            except (apsw.BusyError, apsw.LockedError):
+            if reader.pragma("journal_mode") != "wal":
                 return None
-            if published is None:
+            for _ in range(_QUIET_ATTEMPTS):
+                view = self._mark_between_commits(reader, asker, observe)
+                if view is not None:
+                    return view
+            return self._mark_without_writers(reader, asker, observe)
+        except (apsw.BusyError, apsw.LockedError):
+            return None
+        finally:
+            asker.close(True)
+
+    def _mark_between_commits(
+        self, reader: apsw.Connection, asker: apsw.Connection, observe: Observe
+    ) -> ReadView | None:
+        """A mark does not say where it lies; but if nothing was committed meanwhile, we know."""
+        before = self._end_of_wal(asker)
+        if before is None:
+            return None
+        _begin_reading(reader)
+        main_only = False
+
+        def is_still() -> bool:
+            nonlocal main_only
+            now = self._end_of_wal(asker)
+            if now is None or now[0] != before[0] or now[1].mx_frame != before[1].mx_frame:
+                return False
+            # If this became so after the mark was taken, the WAL is as good.
+            main_only = now[1].n_backfill == now[1].mx_frame
+            return True
+
+        if observe(before[1].mx_frame, is_still):
+            return ReadView(reader, before[1].mx_frame, main_only)
+        reader.execute("ROLLBACK")
+        return None
+
+    def _end_of_wal(self, asker: apsw.Connection) -> tuple[bytes, Published] | None:
+        """Which WAL it is, by its header, and where it ends.
+
+        The header comes first: that of a new WAL is written before anything in it is published.
+        """
+        try:
+            with open(self.path + "-wal", "rb") as wal:
+                header = wal.read(32)
+        except FileNotFoundError:
+            return None
+        published = _ask(asker)
+        return None if published is None else (header, published)
+
+    def _mark_without_writers(
+        self, reader: apsw.Connection, asker: apsw.Connection, observe: Observe
+    ) -> ReadView | None:
+        """The same beside writers that never pause: they are kept out, for microseconds.
+
+        One without a busy timeout is told that the database is locked, so this comes last.
+        """
+        locker = self._open()
+        try:
+            locker.execute("BEGIN IMMEDIATE")
+            _begin_reading(reader)
+            published = _ask(asker)
+            usable = published is not None and observe(published.mx_frame, None)
+            locker.execute("ROLLBACK")
+            if published is None or not usable:
                 return None
             main_only = published.n_backfill == published.mx_frame
             return ReadView(reader, published.mx_frame, main_only)
         finally:
             locker.close(True)
-            asker.close(True)
 
     def close(self, wait_s: float = 0.0) -> None:
         """Close the connections; nothing is checkpointed.  Safe to call twice, any thread.
@@ -351,6 +419,11 @@ def _ask(connection: apsw.Connection) -> Published | None:
         except (apsw.CantOpenError, apsw.NotADBError, apsw.IOError):
             return None
     return None
+
+
+def _begin_reading(connection: apsw.Connection) -> None:
+    connection.execute("BEGIN")
+    _read_once(connection)
 
 
 def _read_once(connection: apsw.Connection) -> None:

@@ -142,7 +142,9 @@ class MainFile(apsw.VFSFile):
     def xLock(self, level: int) -> None:
         # In WAL mode this is called when a connection first reads, and when the last one closes.
         _latest.main = self
-        if level == _LOCK_EXCLUSIVE and self.is_last():
+        if level == _LOCK_SHARED:
+            self._forgive(self.engine.before_reading)
+        elif level == _LOCK_EXCLUSIVE and self.is_last():
             self._forgive(self.engine.before_close)
         _lock(self, level)
 

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import textwrap
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -349,7 +350,12 @@ def test_f26_reads_the_wal_only_under_a_mark_that_protects_it(tmp_path: Path) ->
     connection.execute("CREATE TABLE t (x)")
     port = SqlitePort(str(path))
     seen: list[int] = []
-    with port.read_view(seen.append) as view:
+
+    def observe(mx_frame: int, is_still: Callable[[], bool] | None) -> bool:
+        seen.append(mx_frame)
+        return is_still is None or is_still()
+
+    with port.read_view(observe) as view:
         assert view is not None
         assert not view.main_only
         assert view.mx_frame == seen[-1] > 0
@@ -359,19 +365,83 @@ def test_f26_reads_the_wal_only_under_a_mark_that_protects_it(tmp_path: Path) ->
         assert published is not None
         assert published.n_backfill <= view.mx_frame
     connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
-    with port.read_view(seen.append) as view:
+    with port.read_view(observe) as view:
         assert view is not None
         assert view.main_only
         before = view.read_main(0, 4096)
         connection.execute("INSERT INTO t VALUES (2)")
         connection.execute("INSERT INTO t VALUES (3)")
         assert view.read_main(0, 4096) == before
-    connection.execute("BEGIN IMMEDIATE")
-    with port.read_view(seen.append) as view:
-        assert view is None, "a writer was in the way"
-    connection.execute("ROLLBACK")
     port.close()
     connection.close(True)
+
+
+def test_f26_a_mark_between_two_commits(tmp_path: Path) -> None:
+    """F26: a commit while the mark is taken spoils it; then writers are kept out, at last."""
+    path = tmp_path / "plain.db"
+    connection = apsw.Connection(str(path), vfs="unix")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("CREATE TABLE t (x)")
+    port = SqlitePort(str(path))
+    undisturbed: list[bool] = []
+
+    def observe(mx_frame: int, is_still: Callable[[], bool] | None) -> bool:
+        undisturbed.append(is_still is not None)
+        try:
+            connection.execute("INSERT INTO t VALUES (randomblob(5000))")
+        except apsw.BusyError:
+            assert is_still is None
+            return True
+        assert is_still is not None
+        assert not is_still()
+        return False
+
+    with port.read_view(observe) as view:
+        assert view is not None
+        published = port.published()
+        assert published is not None
+        assert published.mx_frame == view.mx_frame
+    assert undisturbed == [True] * 10 + [False]
+    connection.execute("INSERT INTO t VALUES (1)")
+    port.close()
+    connection.close(True)
+
+
+@pytest.mark.parametrize("spilled", [False, True])
+@pytest.mark.parametrize("wal", ["none", "empty", "reset", "backfilled", "full"])
+def test_f26_a_copy_beside_an_open_transaction(wal: str, spilled: bool, tmp_path: Path) -> None:
+    """F26: a full copy waits for no transaction, and what that commits later is not missed."""
+    database = Database(tmp_path, page_size=512)
+    if wal == "none":
+        with database.opened() as connection:
+            connection.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, b)")
+    with database.opened() as connection:
+        connection.execute("CREATE TABLE IF NOT EXISTS t (id INTEGER PRIMARY KEY, b)")
+        connection.execute("REPLACE INTO t VALUES (0, randomblob(3000))")
+        txid = database.sync()
+        modes = {"empty": "TRUNCATE", "reset": "RESTART", "backfilled": "PASSIVE"}
+        if wal in modes:
+            connection.execute(f"PRAGMA wal_checkpoint({modes[wal]})").fetchall()
+        connection.execute("PRAGMA cache_size = 5")
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("REPLACE INTO t VALUES (1, randomblob(?))", (9000 if spilled else 1,))
+        database.engine().capture.require_full_copy("the test wants one")
+        assert database.sync() == txid + 1
+        connection.execute("COMMIT")
+        database.assert_replica_equals_now()
+        connection.execute("REPLACE INTO t VALUES (0, randomblob(3000))")
+        database.assert_replica_equals_now()
+    database.assert_replica_equals_file()
+
+
+def test_f26_a_first_copy_locks_nobody_out(tmp_path: Path) -> None:
+    """F26: a program without a busy timeout meets no lock of ours while the first copy is made."""
+    for n in range(20):
+        database = Database(tmp_path, f"{n}.db", busy_timeout=0)
+        with database.opened() as connection:
+            for m in range(5):
+                connection.execute(f"CREATE TABLE t{m} (x)")
+        database.assert_replica_equals_file()
 
 
 @pytest.mark.parametrize("backfilled", [False, True])
