@@ -377,7 +377,11 @@ class SqlitePort:
                 self._probe = None
 
     def remove_empty_wal(self) -> None:
-        """Have SQLite remove an empty ``-wal`` that connections of ours brought into being."""
+        """Have SQLite remove an empty ``-wal`` that connections of ours brought into being.
+
+        Closes them: only the last one can.
+        """
+        self.close()
         try:
             with self._view_lock:
                 if os.stat(self.path + "-wal").st_size:
