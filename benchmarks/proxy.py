@@ -3,8 +3,9 @@
     python proxy.py HOST:PORT DELAY_MS LOG
 
 It prints its port, then forwards until its standard input ends.  With a delay every byte takes
-half of it each way, and a new connection one round trip more, as to a store that far away.  Each
-answered request becomes one line of JSON in LOG: ``t0`` (its first byte arrived here), ``t1`` (the
+half of it each way, and a new connection one round trip more, as to a store that far away.  A line
+``down`` on its standard input makes the store unreachable (connections are cut, new ones refused)
+and ``up`` brings it back; each is answered with a line.  Each answered request becomes one line of JSON in LOG: ``t0`` (its first byte arrived here), ``t1`` (the
 store's answer arrived here: the object is in the store), both CLOCK_MONOTONIC in ns, which all
 processes of a machine share; ``method``, ``path``, ``status``.
 
@@ -20,7 +21,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -101,7 +102,16 @@ async def _pump(
 
 
 async def _serve(host: str, port: int, delay_s: float, log: TextIO) -> None:
+    open_now: set[asyncio.StreamWriter] = set()
+
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        open_now.add(writer)
+        try:
+            await forward(reader, writer)
+        finally:
+            open_now.discard(writer)
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             upstream_reader, upstream_writer = await asyncio.open_connection(host, port)
         except OSError:
@@ -122,11 +132,24 @@ async def _serve(host: str, port: int, delay_s: float, log: TextIO) -> None:
         with contextlib.suppress(ConnectionError, OSError):
             await both
 
-    server = await asyncio.start_server(connected, "127.0.0.1", 0)
-    print(server.sockets[0].getsockname()[1], flush=True)
-    ended = asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
-    async with server:
-        await ended
+    own_port = 0
+    while True:
+        server = await asyncio.start_server(connected, "127.0.0.1", own_port)
+        own_port = server.sockets[0].getsockname()[1]
+        print(own_port, flush=True)
+        async with server:
+            if await _next_command() != "down":
+                return
+        for writer in list(open_now):
+            writer.transport.abort()
+        print("down", flush=True)
+        if await _next_command() != "up":
+            return
+
+
+async def _next_command() -> str:
+    loop = asyncio.get_running_loop()
+    return (await loop.run_in_executor(None, sys.stdin.readline)).strip()
 
 
 @dataclass(frozen=True)
@@ -139,13 +162,45 @@ class Request:
     path: str
     status: int
 
+    @property
+    def is_put(self) -> bool:
+        return self.method == "PUT" and self.status == 200
+
 
 @dataclass(frozen=True)
 class Proxy:
-    """A running proxy."""
+    """A running proxy.
+
+    Attributes:
+        url: for clients of the store.
+        log: its record of requests.
+        delay_ms: what it adds to a request.
+    """
 
     url: str
     log: Path
+    delay_ms: float
+    _process: subprocess.Popen[str]
+
+    def latencies_ms(self, requests: Iterable[Request]) -> list[float]:
+        """What each took on its way to the store and back, without the client's own work."""
+        return [(r.t1 - r.t0) * 1e3 + self.delay_ms / 2 for r in requests]
+
+    def down(self) -> None:
+        """Make the store unreachable."""
+        self._tell("down")
+
+    def up(self) -> None:
+        """Bring it back, under the same address."""
+        self._tell("up")
+
+    def _tell(self, command: str) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(command + "\n")
+        self._process.stdin.flush()
+        if not self._process.stdout.readline():
+            raise OSError("the proxy has ended")
 
     def requests(self) -> list[Request]:
         """What was answered so far."""
@@ -175,7 +230,7 @@ def proxy(store_url: str, log: Path, delay_ms: float = 0.0) -> Iterator[Proxy]:
     assert process.stdin is not None
     try:
         port = int(process.stdout.readline())
-        yield Proxy(f"http://127.0.0.1:{port}", log)
+        yield Proxy(f"http://127.0.0.1:{port}", log, delay_ms, process)
     finally:
         process.kill()
         process.wait()

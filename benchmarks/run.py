@@ -36,7 +36,7 @@ from harness import (
 
 from support.servers import MissingServer, find_weed, seaweedfs
 
-TOPICS = ("commits", "reads", "lag", "bulk", "restore", "memory", "idle", "crash")
+TOPICS = ("commits", "reads", "lag", "bulk", "restore", "memory", "idle", "crash", "durable")
 
 #: In RESULTS.md everything behind this line is generated.
 MEASURED = "<!-- measured: run.py --write replaces everything below -->"

@@ -284,6 +284,61 @@ def idle(job: Job) -> Job:
     return {}
 
 
+# --- durable --------------------------------------------------------------------------------------
+
+
+def durable(job: Job) -> Job:
+    """Writers that each wait for the replica before their next commit; not counting a warm-up."""
+    db = open_database(job)
+    db.execute("create table if not exists t(id integer primary key, a integer, b blob)")
+    sync(job, db)
+    n_writers = job["writers"]
+    payload = os.urandom(PAYLOAD_BYTES)
+    start = threading.Event()
+    found: list[list[tuple[float, float]]] = [[] for _ in range(n_writers)]
+
+    def write(done: list[tuple[float, float]]) -> None:
+        own = open_database({**job, "settings": {"durability": "replica"}})
+        own.set_busy_timeout(30_000)
+        own.execute("select count(*) from t").fetchall()
+        opened.wait()
+        start.wait()
+        clock = time.perf_counter
+        before = clock()
+        while before < end:
+            own.execute("insert into t(a, b) values(?, ?)", (len(done), payload))
+            after = clock()
+            done.append((before, after))
+            before = after
+        own.close()
+
+    opened = threading.Barrier(n_writers + 1)
+    threads = [threading.Thread(target=write, args=(done,)) for done in found]
+    for thread in threads:
+        thread.start()
+    opened.wait()
+    handshake()
+    begin = time.perf_counter() + job["warm_up_s"]
+    end = begin + job["seconds"]
+    cpu = time.process_time()
+    start.set()
+    for thread in threads:
+        thread.join()
+    cpu = time.process_time() - cpu
+    counted = sorted(t1 - t0 for done in found for t0, t1 in done if begin <= t1 <= end)
+    if not counted:
+        raise RuntimeError("no commit became durable")
+    n_all = sum(map(len, found))
+    db.close()
+    return {
+        "per_s": len(counted) / job["seconds"],
+        "p50_ms": percentile(counted, 0.5) * 1e3,
+        "p99_ms": percentile(counted, 0.99) * 1e3,
+        "cpu_us": cpu / n_all * 1e6,
+        "n": len(counted),
+    }
+
+
 # --- bulk -----------------------------------------------------------------------------------------
 
 
@@ -488,6 +543,7 @@ TASKS: dict[str, Callable[[Job], Job]] = {
         paced,
         single,
         idle,
+        durable,
         bulk,
         build,
         fetch,
