@@ -3,6 +3,7 @@
 #     make demo     an application loses its machine, and gets its database back
 #     make test     all tests, with real MinIO, SeaweedFS and Litestream
 #     make bench    measure, beside plain apsw and Litestream
+#     make soak     lose a thousand machines, and count what is missing
 #     make lint     style, types, layers, spelling
 #     make clean    remove what the others made
 #
@@ -13,7 +14,7 @@ PYTHON ?=
 ARGS =
 TEST_WORKERS = 2
 
-.PHONY: help demo test bench lint clean project dev
+.PHONY: help demo test bench soak lint clean project dev
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^VENV/,$$d'
@@ -33,6 +34,9 @@ test: dev
 
 bench: dev
 	$(VENV)/bin/python benchmarks/run.py $(ARGS)
+
+soak: dev
+	$(VENV)/bin/python tests/support/losing.py $(ARGS)
 
 lint: dev
 	$(VENV)/bin/ruff check

@@ -75,7 +75,11 @@ def _rows(writers: int, processes: int, results: list[dict[str, Any]], put_ms: f
             at_most(round(put_ms + 20, 1), " (L + 20)") if alone else None,
         ),
         Row("durable", f"commits a PUT, {who}", {WALSHIP: sample(results, "shared")}),
-        Row("durable", f"CPU of the processes, us a commit, {who}", {WALSHIP: sample(results, "cpu_us")}),
+        Row(
+            "durable",
+            f"CPU of the processes, us a commit, {who}",
+            {WALSHIP: sample(results, "cpu_us")},
+        ),
     ]
 
 
