@@ -129,10 +129,10 @@ def _compare(place: Place, name: str, digest: str) -> str | None:
     return None
 
 
-def restore(place: Place, name: str, output: Path) -> str | None:
+def restore(place: Place, name: str, output: Path, path: str = "db") -> str | None:
     """Restore with the contestant's own command; what went wrong, or None."""
     done = subprocess.run(
-        restore_command(name, place.url(), output),
+        restore_command(name, place.url(path), output),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

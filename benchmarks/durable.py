@@ -33,7 +33,7 @@ DISTANCE_MS = 15
 SHARE = 0.75
 
 #: Writers, and the processes that they are spread over.
-CASES = ((1, 1), (16, 1), (64, 1))
+CASES = ((1, 1), (16, 1), (64, 1), (16, 4), (64, 4))
 
 
 def run(setting: Setting) -> list[Row]:

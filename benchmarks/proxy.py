@@ -5,8 +5,10 @@
 It prints its port, then forwards until its standard input ends.  With a delay every byte takes
 half of it each way, and a new connection one round trip more, as to a store that far away.  A line
 ``down`` on its standard input makes the store unreachable (connections are cut, new ones refused)
-and ``up`` brings it back; each is answered with a line.  Each answered request becomes one line of JSON in LOG: ``t0`` (its first byte arrived here), ``t1`` (the
-store's answer arrived here: the object is in the store), both CLOCK_MONOTONIC in ns, which all
+and ``up`` brings it back; each is answered with a line.
+
+Each answered request becomes one line of JSON in LOG: ``t0`` (its first byte arrived here), ``t1``
+(the store's answer arrived here: the object is in the store), both CLOCK_MONOTONIC in ns, which all
 processes of a machine share; ``method``, ``path``, ``status``.
 
 HTTP is only watched: clients here never send a request before the answer to the last one came.

@@ -2,9 +2,8 @@
 
     python benchmarks/run.py [--quick] [--rounds N] [--crash-rounds N] [--write] [NAME ...]
 
-Names are those of the modules (commits, reads, lag, bulk, restore, memory, idle, crash); all by
-default.  Results also go to benchmarks/results/ as JSON and as Markdown; with --write the tables
-replace those in RESULTS.md.
+Names are those of the modules (see `TOPICS`); all by default.  Results also go to
+benchmarks/results/ as JSON and as Markdown; with --write the tables replace those in RESULTS.md.
 """
 
 from __future__ import annotations
@@ -36,7 +35,21 @@ from harness import (
 
 from support.servers import MissingServer, find_weed, seaweedfs
 
-TOPICS = ("commits", "reads", "lag", "bulk", "restore", "memory", "idle", "crash", "durable")
+TOPICS = (
+    "commits",
+    "reads",
+    "lag",
+    "bulk",
+    "restore",
+    "memory",
+    "idle",
+    "crash",
+    "durable",
+    "loss",
+    "outage",
+    "takeover",
+    "resync",
+)
 
 #: In RESULTS.md everything behind this line is generated.
 MEASURED = "<!-- measured: run.py --write replaces everything below -->"

@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import sys
 import threading
 import time
@@ -339,6 +340,158 @@ def durable(job: Job) -> Job:
     }
 
 
+# --- loss -----------------------------------------------------------------------------------------
+
+
+def lose(job: Job) -> Job:
+    """Numbered commits in several databases until killed, each written down when it was done.
+
+    With a pause, a last commit follows it in each database, and this process kills itself.
+    """
+    databases = []
+    for path, replica in job["databases"].items():
+        db = open_database(job, path, replica)
+        db.execute("create table t(a integer primary key, b blob)")
+        sync(job, db)
+        databases.append(db)
+    notes = os.open(job["notes"], os.O_WRONLY | os.O_APPEND)
+    payload = os.urandom(PAYLOAD_BYTES)
+
+    def commit(index: int, number: int) -> None:
+        databases[index].execute("insert into t values(?, ?)", (number, payload))
+        os.write(notes, b"%d %d %d\n" % (index, number, time.monotonic_ns()))
+
+    handshake()
+    pause_s = job.get("pause_s")
+    step = 1 / job["rate"] / len(databases)
+    due = time.monotonic()
+    end = due + (job["seconds"] if pause_s else float("inf"))
+    number = 0
+    while due < end:
+        number += 1
+        for index in range(len(databases)):
+            due += step
+            time.sleep(max(0.0, due - time.monotonic()))
+            commit(index, number)
+    time.sleep(pause_s)
+    rng = random.Random(job["seed"])
+    moments = sorted((rng.random() * job["window_s"], index) for index in range(len(databases)))
+    begin = time.monotonic()
+    for moment, index in moments:
+        time.sleep(max(0.0, begin + moment - time.monotonic()))
+        commit(index, number + 1)
+    time.sleep(max(0.0, begin + job["window_s"] - time.monotonic()))
+    os.write(notes, b"end 0 %d\n" % time.monotonic_ns())
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+# --- outage ---------------------------------------------------------------------------------------
+
+
+def outage(job: Job) -> Job:
+    """Many commits, then some that are timed; the parent makes the store come and go."""
+    db = open_database(job)
+    db.execute("create table seq(id integer primary key, mark blob)")
+    db.execute("create table t(id integer primary key, a integer, b blob)")
+    db.execute("insert into seq values(1, ?)", (MARK % 0,))
+    rng = random.Random(7)
+    rows = job["rows"]
+    db.execute("begin")
+    db.executemany(
+        "insert into t values(?, 0, ?)", ((n, rng.randbytes(PAYLOAD_BYTES)) for n in range(rows))
+    )
+    db.execute("commit")
+    sync(job, db)
+    handshake()
+    ids = [rng.randrange(rows) for _ in range(100_000)]
+    update = "update t set a = a + 1, b = ? where id = ?"
+    payload = rng.randbytes(PAYLOAD_BYTES)
+    for number in range(job["backlog"]):
+        db.execute(update, (payload, ids[number % 100_000]))
+    handshake()
+    clock = time.perf_counter
+    times = []
+    before = clock()
+    end = before + job["seconds"]
+    while before < end:
+        db.execute(update, (payload, ids[-1 - len(times) % 100_000]))
+        after = clock()
+        times.append(after - before)
+        before = after
+    db.execute("update seq set mark = ?", (MARK % 1,))
+    times.sort()
+    handshake(
+        p50_us=percentile(times, 0.5) * 1e6,
+        p999_us=percentile(times, 0.999) * 1e6,
+        max_ms=times[-1] * 1e3,
+        n=len(times),
+    )
+    sync(job, db)
+    handshake(caught_up=time.monotonic())
+    db.close()
+    return {}
+
+
+# --- take-over ------------------------------------------------------------------------------------
+
+
+def take_over(job: Job) -> Job:
+    """One of several processes: durable commits, each written down; on its own until killed."""
+    db = open_database({**job, "settings": {"durability": "replica"}})
+    db.set_busy_timeout(30_000)
+    db.execute("create table if not exists t(w integer, n integer, b blob, primary key(w, n))")
+    notes = os.open(job["notes"], os.O_WRONLY | os.O_APPEND)
+    payload = os.urandom(PAYLOAD_BYTES)
+    handshake()
+    writer = job["writer"]
+    end = time.monotonic() + job["seconds"]
+    number = 0
+    while time.monotonic() < end:
+        number += 1
+        before = time.monotonic_ns()
+        db.execute("insert into t values(?, ?, ?)", (writer, number, payload))
+        os.write(notes, b"%d %d %d %d\n" % (writer, number, before, time.monotonic_ns()))
+    db.close()
+    return {}
+
+
+# --- resync ---------------------------------------------------------------------------------------
+
+
+def resync(job: Job) -> Job:
+    """Everything is in the replica; then others change the database, and it is to be so again."""
+    if not os.path.exists(job["path"]):
+        make_database(job["path"], job["bytes"])
+    db = open_database(job)
+    sync(job, db, 900)
+    if job["closed"]:
+        db.close()
+    handshake()
+    started = time.monotonic()
+    if job["closed"]:
+        db = open_database(job)
+    sync(job, db, 900)
+    seconds = time.monotonic() - started
+    db.close()
+    return {"seconds": seconds}
+
+
+def foreign(job: Job) -> Job:
+    """Row changes by a program that knows nothing of replication, and a checkpoint of its own."""
+    db = open_database(job)
+    rows: int = db.execute("select max(id) from t").get
+    rng = random.Random(job["seed"])
+    handshake()
+    for number in range(job["changes"]):
+        if number == job["changes"] // 2:
+            db.pragma("wal_checkpoint", "restart")
+        change = (rng.randbytes(3000), rng.randrange(1, rows + 1))
+        db.execute("update t set b = ? where id = ?", change)
+    db.close()
+    return {}
+
+
 # --- bulk -----------------------------------------------------------------------------------------
 
 
@@ -544,6 +697,11 @@ TASKS: dict[str, Callable[[Job], Job]] = {
         single,
         idle,
         durable,
+        lose,
+        outage,
+        take_over,
+        resync,
+        foreign,
         bulk,
         build,
         fetch,

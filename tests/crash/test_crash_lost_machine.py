@@ -1,4 +1,4 @@
-"""A machine that is lost, disk and all, takes no commit with it that was acknowledged as durable."""
+"""A machine that is lost takes no commit with it that was acknowledged as durable."""
 
 from __future__ import annotations
 
