@@ -97,7 +97,8 @@ def _once(setting: Setting, backlog: int, name: str) -> dict[str, Any]:
             worker.go()
             found = worker.wait_ready()
         if name != PLAIN:
-            found |= {"spool": sizes.spool, "wal_mb": sizes.wal_bytes / 1e6}
+            found["spool"] = sizes.state_bytes / sizes.database_bytes
+            found["wal_mb"] = sizes.wal_bytes / 1e6
             found |= _catch_up(place, way, worker, name)
         worker.go()
         if name == PLAIN:
@@ -154,26 +155,25 @@ class _Sizes:
     """Watches how large the local state of a database grows, ten times a second.
 
     Attributes:
-        spool: bytes in the state directory over bytes of the database, the largest seen.
-        wal_bytes: of the WAL, the largest seen.
+        database_bytes, state_bytes, wal_bytes: of the main file, of what is in the state directory
+            beside it, and of the WAL; the largest seen.
     """
 
     def __init__(self, database: Path) -> None:
         self._database = database
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch)
-        self.spool = 0.0
-        self.wal_bytes = 0
+        self.database_bytes = self.state_bytes = self.wal_bytes = 0
 
     def _watch(self) -> None:
         while not self._stop.wait(0.1):
-            size = self._database.stat().st_size
+            self.database_bytes = max(self.database_bytes, _size_of(self._database))
             beside = sum(
                 _size_of(path)
                 for directory in self._database.parent.glob(f".{self._database.name}-*")
                 for path in directory.rglob("*")
             )
-            self.spool = max(self.spool, beside / max(1, size))
+            self.state_bytes = max(self.state_bytes, beside)
             wal = self._database.with_name(f"{self._database.name}-wal")
             self.wal_bytes = max(self.wal_bytes, _size_of(wal))
 

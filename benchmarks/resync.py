@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from crash import restore
 from harness import (
     LITESTREAM,
     PLAIN,
@@ -29,6 +28,8 @@ from harness import (
     sample,
     settle,
 )
+
+from crash import restore
 
 CHANGES = 100
 #: How long any of them may take to upload the whole database, seconds.

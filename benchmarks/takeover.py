@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import apsw
-from crash import restore
 from harness import WALSHIP, BenchmarkError, Place, Row, Sample, Setting, Worker, at_most, settle
+
+from crash import restore
 
 PROCESSES = 4
 #: The byte of the lock file that the process which uploads has locked (`replica.election`).
