@@ -20,7 +20,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import apsw
 
@@ -139,14 +139,14 @@ class ReadView:
             meanwhile, so the WAL must not be read.
     """
 
-    def __init__(self, connection: apsw.Connection, mx_frame: int, main_only: bool) -> None:
-        self._connection = connection
+    def __init__(self, descriptor: int, mx_frame: int, main_only: bool) -> None:
+        self._descriptor = descriptor
         self.mx_frame = mx_frame
         self.main_only = main_only
 
     def read_main(self, offset: int, length: int) -> bytes:
-        """Up to ``length`` bytes of the main file at ``offset``; zeros stand in past its end."""
-        return _read_main(self._connection, offset, length)
+        """``length`` bytes of the main file at ``offset``; zeros stand in past its end."""
+        return _read_main(self._descriptor, offset, length)
 
 
 class SqlitePort:
@@ -196,26 +196,31 @@ class SqlitePort:
             try:
                 if self._probe is None:
                     self._probe = self._open()
-                if self._watch < 0:
-                    # Closing it drops SQLite's locks, the very harm that it is there to notice: see
-                    # `release`.
-                    self._watch = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                self._open_descriptor()
                 return _ask(self._probe)
             except (apsw.CantOpenError, apsw.BusyError, OSError):
                 return None
 
     def read_main(self, offset: int, length: int) -> bytes:
-        """Bytes of the main file as they are now, through SQLite's own descriptor; any thread."""
+        """Bytes of the main file as they are now, zeros past its end; any thread."""
         with self._probe_lock:
-            if self._probe is None:
-                self._probe = self._open()
-                _read_once(self._probe)
-            return _read_main(self._probe, offset, length)
+            return _read_main(self._open_descriptor(), offset, length)
+
+    def _open_descriptor(self) -> int:
+        """Our descriptor on the main file.  Call with `_probe_lock` held.
+
+        Reading through it leaves the GIL to others, which reading through SQLite does not.  It
+        lives as long as the port: closing it would drop SQLite's locks, the very harm that it is
+        there to notice (see `release`).
+        """
+        if self._watch < 0:
+            self._watch = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._watch
 
     def descriptor(self) -> int | None:
         """Our descriptor on the main file, once there is one: for syncing and asking about locks.
 
-        It lives as long as the port: closing it would drop SQLite's locks.
+        It lives as long as the port.
         """
         return self._watch if self._watch >= 0 else None
 
@@ -323,7 +328,7 @@ class SqlitePort:
             return True
 
         if observe(before[1].mx_frame, is_still):
-            return ReadView(reader, before[1].mx_frame, main_only)
+            return ReadView(self._watch, before[1].mx_frame, main_only)
         reader.execute("ROLLBACK")
         return None
 
@@ -357,7 +362,7 @@ class SqlitePort:
             if published is None or not usable:
                 return None
             main_only = published.n_backfill == published.mx_frame
-            return ReadView(reader, published.mx_frame, main_only)
+            return ReadView(self._watch, published.mx_frame, main_only)
         finally:
             locker.close(True)
 
@@ -435,6 +440,5 @@ def _read_once(connection: apsw.Connection) -> None:
     connection.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchall()
 
 
-def _read_main(connection: apsw.Connection, offset: int, length: int) -> bytes:
-    result: tuple[bool, Any] = connection.read("main", 0, offset, length)
-    return bytes(result[1])
+def _read_main(descriptor: int, offset: int, length: int) -> bytes:
+    return os.pread(descriptor, length, offset).ljust(length, b"\0")
