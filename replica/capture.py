@@ -13,6 +13,9 @@ Two kinds of callers seal frames, serialised by one mutex:
 While the mutex is held there is only ``pread``, encoding, ``fdatasync`` and the NOOP checkpoint;
 never a BEGIN, a checkpoint, an open of the database, or a network call.  A gate record is durable
 before the WAL it speaks of is gone.
+
+When frames may have been missed, `Capture.resync` compares every page with the page map of the
+replica's newest state and freezes those that differ; without a map, all of them (`Capture.copy`).
 """
 
 from __future__ import annotations
@@ -28,9 +31,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from .clock import Clock
-from .format.ltx import NO_SALTS, Encoder, Header, PageEncoding
+from .errors import ContinuityError, FormatError, ObjectNotFound, ReplicaError, StoreError
+from .format.ltx import HEADER_SIZE, NO_SALTS, Encoder, Header, PageEncoding
 from .format.merge import MergeInput, merge
-from .format.types import WalSalts, is_page_size, lock_pgno
+from .format.types import WalSalts, format_txid, is_page_size, lock_pgno
 from .format.wal import (
     FRAME_HEADER_SIZE,
     WAL_HEADER_SIZE,
@@ -38,7 +42,8 @@ from .format.wal import (
     frame_offset,
     wal_size,
 )
-from .frames import Batch, WalReader, collect, pages
+from .frames import Batch, WalReader, collect, page_runs, pages
+from .pagemap import History, MapDamaged, MapEnd, PageMap, SegmentHashes, hash_segment, page_hash
 from .spool import (
     INLINE_BYTES,
     DrainMutex,
@@ -61,9 +66,19 @@ _SOLO_BYTES: Final = 1024 * 1024
 #: in the uploader's thread, beside the checkpoint that such a commit starts, than at the gate.
 _MUCH_BYTES: Final = 4 * 1024 * 1024
 _PAST_THE_GATE: Final = "a writer outside walship removed or restarted the WAL"
+#: Segments that are fetched from the replica for the page map in passing; a resync fetches all.
+_FETCH_IN_PASSING: Final = 4
+#: From so many missing segments on a full copy costs less than fetching them.
+_FETCH_MAX: Final = 1000
+#: A segment is fetched in pieces of this many bytes.
+_FETCH_BYTES: Final = 4 * 1024 * 1024
 #: A file changed less than this long ago may change again without a visible sign: the kernel's
 #: timestamps advance in ticks of up to 10 ms.
 _SETTLE_NS: Final = 20_000_000
+
+
+#: ``fetch(txid, offset, length)``: bytes of a level-0 segment in the replica, fewer at its end.
+Fetch = Callable[[int, int, int], bytes]
 
 
 class TailLost(Exception):
@@ -77,6 +92,7 @@ class Capture:
         path: absolute path of the main database file.
         spool: open spool of this database; touched only under `mutex`.
         port: plain connections to the database.
+        fetch: reads segments of the replica; one attempt a call.
         encoding: how pages are stored in new segments.
         max_sync_wal_bytes: WAL bytes one segment covers at most, cut at a commit; 0: no limit.
     """
@@ -88,16 +104,22 @@ class Capture:
         port: SqlitePort,
         clock: Clock,
         *,
+        fetch: Fetch,
         encoding: PageEncoding = PageEncoding.BLOCK,
         max_sync_wal_bytes: int = 64 * 1024 * 1024,
     ) -> None:
         self.path = path
+        self._name = os.path.basename(path)
         self._spool = spool
         self._port = port
         self._clock = clock
+        self._fetch = fetch
         self._encoding = encoding
         self._max_sync_wal_bytes = max_sync_wal_bytes
         self._files = spool.files
+        # Uploader's thread only.
+        self._page_map = PageMap(spool.directory, self._files)
+        self._map_trouble: str | None = None
         #: The drain mutex.  Guards the spool, the WAL descriptor and all fields below.
         self.mutex = DrainMutex(spool)
         self._wal = WalReader(path + "-wal", self._files)
@@ -126,7 +148,7 @@ class Capture:
 
     @property
     def full_copy_reason(self) -> str | None:
-        """Why only a full copy can come next; None while the history is continuous."""
+        """Why only `resync` can come next; None while the history is continuous."""
         return self._unrecorded or self._spool.state.resync or None
 
     # -- opening ------------------------------------------------------------------------------
@@ -234,6 +256,16 @@ class Capture:
         finally:
             self.mutex.release()
 
+    def page_size(self) -> int | None:
+        """Of the database as it is now, in bytes; None while it has no page."""
+        with self.mutex:
+            header = self._wal.header()
+        if header is not None:
+            return header.page_size
+        fingerprint = self._fingerprint()
+        size = fingerprint.size if fingerprint is not None else 0
+        return _size_of_main(self._port.read_main, size)[0] or None
+
     def has_content(self) -> bool:
         """Whether the main file holds any page at all."""
         fingerprint = self._fingerprint()
@@ -245,7 +277,18 @@ class Capture:
             return self._spool.read(sealed)
 
     def acknowledge(self, txid: int) -> None:
-        """The replica has every TXID up to ``txid``: the spool lets go of them."""
+        """The replica has every TXID up to ``txid``: the spool lets go of them.
+
+        The page map takes them up first.  Only the uploader calls this.
+        """
+        try:
+            self._bring_map_forward(txid, _FETCH_IN_PASSING)
+            self._map_trouble = None
+        except (ReplicaError, OSError) as error:
+            # The next one tries again; in the end a resync fetches what is missing.
+            if self._map_trouble != str(error):
+                self._map_trouble = str(error)
+                log.warning("%s: the page map falls behind: %s", self._name, error)
         with self.mutex:
             self._spool.acknowledge(txid)
 
@@ -323,13 +366,13 @@ class Capture:
         return state.pending_bytes + unsealed
 
     def require_full_copy(self, reason: str) -> None:
-        """Give up continuity: the next segment will hold every page.  Says so in the log."""
+        """Give up continuity: the next segment will come from `resync`.  Says so in the log."""
         with self.mutex:
             self._lose(reason)
 
     def _lose(self, reason: str) -> None:
         if self.full_copy_reason is None:
-            log.warning("%s: %s; a full copy follows", os.path.basename(self.path), reason)
+            log.warning("%s: %s; all pages will be compared", self._name, reason)
         self._unrecorded = reason
         with contextlib.suppress(SpoolError):
             state = replace(self._unproven(), resync=reason)
@@ -590,35 +633,239 @@ class Capture:
             raise
 
     def copy(self) -> Sealed | None:
-        """Freeze the whole database under the next TXID; the mark is held for the local copy only.
+        """Freeze the whole database under the next TXID, and make its page map.
 
-        The mutex is free while pages are copied: gates go on sealing pieces, which follow.
+        The mark is held for the local copy only, and the mutex is free while pages are copied:
+        gates go on sealing pieces, which follow.
 
         Returns:
             The segment, or None if writers were in the way or the database is still empty.
+
+        Raises:
+            ContinuityError: the database has another page size than the replica.
+        """
+        reason = self.full_copy_reason
+
+        def fill(batch: Batch, header: Header, sink: SegmentSink, view: ReadView) -> bool:
+            with self._page_map.begin(
+                self._history,
+                txid=header.max_txid,
+                page_size=header.page_size,
+                commit=header.commit,
+            ) as page_map:
+                self._encode(batch, header, sink, view.read_main, page_map.add)
+                # Ahead of the record for a moment: found like that, it is thrown away.
+                page_map.finish(sink.sha256)
+            return True
+
+        sealed = self._freeze_view(fill, self._replica_page_size())
+        if sealed is not None:
+            log.info(
+                "%s: full copy as txid %s, %d bytes (%s)",
+                self._name,
+                format_txid(sealed.txid),
+                sealed.size_bytes,
+                reason,
+            )
+        return sealed
+
+    def resync(self) -> Sealed | None:
+        """Freeze, under the next TXID, the pages that differ from the replica's newest state.
+
+        They are found by the page map.  Without one of that state this is `copy`.  If nothing
+        differs, history simply continues.
+
+        Returns:
+            The segment, or None if none is needed or writers were in the way.
+
+        Raises:
+            ContinuityError: as `copy`.
+            StoreError: segments that the page map lacks could not be fetched; try again.
+        """
+        end = self._map_of_newest()
+        if end is not None:
+            try:
+                return self._freeze_difference(end)
+            except MapDamaged as error:
+                self._page_map.discard(str(error))
+        return self.copy()
+
+    def _freeze_difference(self, end: MapEnd) -> Sealed | None:
+        reason = self.full_copy_reason
+        n_pages = n_shipped = 0
+
+        def fill(batch: Batch, header: Header, sink: SegmentSink, view: ReadView) -> bool:
+            nonlocal n_pages, n_shipped
+            n_pages, n_shipped = header.commit, 0
+            known = self._page_map.hashes(self._history)
+            encoder = Encoder(sink.write, header, self._encoding)
+            next_pgno = 1
+            for pgno, run in page_runs(self._wal, batch, header.page_size, view.read_main):
+                # The lock page is in no run.
+                expected = list(
+                    itertools.islice(known, pgno - next_pgno, pgno - next_pgno + len(run))
+                )
+                next_pgno = pgno + len(run)
+                found = [page_hash(page) for page in run]
+                if found == expected:
+                    continue
+                expected += [0] * (len(run) - len(expected))
+                for at, page in enumerate(run):
+                    if found[at] != expected[at]:
+                        encoder.add_page(pgno + at, page)
+                        n_shipped += 1
+            encoder.finish()
+            return n_shipped > 0 or header.commit != end.commit
+
+        sealed = self._freeze_view(fill, end.page_size)
+        if sealed is not None:
+            log.warning(
+                "%s: %s; %d of %d pages differ from the replica and follow as txid %s, %d bytes",
+                self._name,
+                reason,
+                n_shipped,
+                n_pages,
+                format_txid(sealed.txid),
+                sealed.size_bytes,
+            )
+        elif self.full_copy_reason is None:
+            log.warning("%s: %s; all %d pages are as in the replica", self._name, reason, n_pages)
+        return sealed
+
+    def _freeze_view(
+        self,
+        fill: Callable[[Batch, Header, SegmentSink, ReadView], bool],
+        replica_page_size: int | None,
+    ) -> Sealed | None:
+        """Freeze what ``fill`` encodes of a view of the whole database.
+
+        Args:
+            fill: returns whether it is needed; if not, history goes on from the view.
+            replica_page_size: what the page size has to be, if that is known.
         """
         with self._whole_database() as found:
             if found is None:
                 return None
             batch, page_size, salts, view = found
+            if replica_page_size not in (None, page_size):
+                raise page_size_changed(self.path, page_size, replica_page_size)
             with self.mutex:
                 header = self._ltx_header(self.state.txid + 1, page_size, batch.commit, salts)
                 sink = SegmentSink(self._spool, hashed=True)
             try:
-                self._encode(batch, header, sink, view.read_main)
+                is_needed = fill(batch, header, sink, view)
                 body = sink.finish()
             except BaseException:
                 sink.abandon()
                 raise
         with self.mutex:
             after = self._settled_after_copy(page_size, batch.commit)
-            if after is None:
+            if after is None or not is_needed:
                 sink.abandon()
+                if after is not None:
+                    self._spool.record(after)
                 return None
             after = _frozen(after, header, sink)
             return self._spool.add_segment(
                 after, _describe(header, sink), body, keep=len(self.state.pieces)
             )
+
+    # -- the page map -------------------------------------------------------------------------
+
+    @property
+    def _history(self) -> History:
+        state = self.state
+        return History(state.lineage, state.replica)
+
+    def describe(self, path: Path, history: History, txid: int, page_size: int) -> None:
+        """Make the page map of a history that is about to begin, from a file that is its state."""
+        self._page_map.describe(path, history, txid=txid, page_size=page_size)
+
+    def _map_of_newest(self) -> MapEnd | None:
+        """Where the page map ends once it describes the newest frozen segment; None without.
+
+        Raises:
+            StoreError: the replica could not be asked for what is missing.
+        """
+        state = self.state
+        if not state.txid:
+            return None
+        try:
+            end = self._bring_map_forward(state.txid, _FETCH_MAX)
+        except (ObjectNotFound, FormatError) as error:
+            self._page_map.discard(f"it cannot be brought forward: {error}")
+            return None
+        if end is None:
+            return None
+        if end.txid != state.txid or (
+            end.sha256 and state.sha256 and not state.sha256.startswith(end.sha256)
+        ):
+            self._page_map.discard("it does not describe what was shipped last")
+            return None
+        return end
+
+    def _bring_map_forward(self, txid: int, fetch_max: int) -> MapEnd | None:
+        """Bring the page map to ``txid``, if there is one, by the segments in between.
+
+        They come from the spool, or from the replica: at most ``fetch_max``.
+
+        Returns:
+            Where it ends then.
+
+        Raises:
+            ObjectNotFound: the replica does not hold a segment any more.
+            FormatError: a segment is damaged.
+            StoreError: the replica could not be read.
+            SpoolError: the map could not be written.
+        """
+        history, state = self._history, self.state
+        end = self._page_map.end(history)
+        if end is None:
+            return None
+        if end.txid > state.txid:
+            self._page_map.discard("it is ahead of the record")
+            return None
+        frozen = {sealed.txid: sealed for sealed in state.segments}
+        while end.txid < txid:
+            sealed = frozen.get(end.txid + 1)
+            if sealed is None:
+                if not fetch_max:
+                    break
+                fetch_max -= 1
+            self._page_map.append(history, self._hash_segment(end.txid + 1, sealed))
+            before, end = end, self._page_map.end(history)
+            if end is None or end.txid == before.txid:
+                break
+        return end
+
+    def _hash_segment(self, txid: int, sealed: Sealed | None) -> SegmentHashes:
+        name = f"segment {format_txid(txid)}"
+        if sealed is None:
+            read = _whole(lambda offset, length: self._fetch(txid, offset, length))
+            return hash_segment(read, txid=txid, sha256="", name=name, chunk_bytes=_FETCH_BYTES)
+        body = self.body(sealed)
+        if isinstance(body, bytes):
+            return hash_segment(body, txid=txid, sha256=sealed.sha256, name=name)
+        with self._files.reader(body) as file:
+            return hash_segment(file.read, txid=txid, sha256=sealed.sha256, name=name)
+
+    def _replica_page_size(self) -> int | None:
+        """That of the newest segment; None if there is none, or it is not in level 0."""
+        state = self.state
+        if state.segments:
+            body = self.body(state.segments[-1])
+            if isinstance(body, Path):
+                with self._files.reader(body) as file:
+                    body = file.read(HEADER_SIZE)
+            return Header.unpack(body).page_size
+        if not state.txid:
+            return None
+        try:
+            return Header.unpack(self._fetch(state.txid, 0, HEADER_SIZE)).page_size
+        except (StoreError, FormatError):
+            return None  # a second look only: `replica.continuity` has asked as well
+
+    # -- looking at all pages -----------------------------------------------------------------
 
     def equals(self, other: BinaryIO, n_bytes: int) -> bool | None:
         """Whether the database is, page for page, what the file ``other`` holds.
@@ -663,7 +910,14 @@ class Capture:
         def observe(mx_frame: int, is_still: Callable[[], bool] | None) -> bool:
             with self.mutex:  # with it no gate lets the WAL be restarted
                 header = self._wal.header()
-                base = replace(self._unproven(), copying=True, page_size=0, wal_gone=header is None)
+                base = replace(
+                    self._unproven(),
+                    copying=True,
+                    page_size=0,
+                    wal_gone=header is None,
+                    # The position counts once all pages are shipped or found equal, not before.
+                    resync=self.full_copy_reason or "a comparison of all pages did not end",
+                )
                 salts = WalSalts(0, 0)
                 if header is not None and not mx_frame:
                     # Reset, so that what it holds is in the main file, or just begun.
@@ -940,11 +1194,14 @@ class Capture:
         header: Header,
         sink: SegmentSink,
         read_main: Callable[[int, int], bytes],
+        observe: Callable[[int, memoryview], None] | None = None,
     ) -> None:
         encoder = Encoder(sink.write, header, self._encoding)
         add_page = encoder.add_page
         for pgno, page in pages(self._wal, batch, header.page_size, read_main):
             add_page(pgno, page)
+            if observe is not None:
+                observe(pgno, page)
         encoder.finish()
 
     def close(self) -> None:
@@ -971,6 +1228,29 @@ def _describe(header: Header, sink: SegmentSink) -> Sealed:
         size_bytes=sink.size_bytes,
         sha256=sink.sha256,
         timestamp_ms=header.timestamp_ms,
+    )
+
+
+def _whole(fetch: Callable[[int, int], bytes]) -> Callable[[int], bytes]:
+    """``read(n)`` on top of ``fetch(offset, length)``, which gives less at the end only."""
+    offset, ended = 0, False
+
+    def read(length: int) -> bytes:
+        nonlocal offset, ended
+        data = b"" if ended else fetch(offset, length)
+        offset += len(data)
+        ended = len(data) < length
+        return data
+
+    return read
+
+
+def page_size_changed(path: str, page_size: int, replica_page_size: int) -> ContinuityError:
+    """The error for a database that cannot become a replica's next state."""
+    return ContinuityError(
+        f"{path} has pages of {page_size} bytes, its replica of {replica_page_size}, and a replica "
+        "cannot change its page size: replicate to a new path, or go back with PRAGMA "
+        f"page_size={replica_page_size} and VACUUM outside WAL mode"
     )
 
 

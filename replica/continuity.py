@@ -16,6 +16,7 @@ is ahead, and a Litestream state directory beside     take over with a full copy
 the database holds the very same head
 is ahead otherwise, or holds something else           refuse (`adopt`: full copy at its TXID + 1)
 has lost its newest objects                           full copy behind what is left
+has pages of another size                             refuse: it cannot hold this database
 ====================================================  ============================================
 """
 
@@ -28,16 +29,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from .capture import Capture
+from .capture import Capture, page_size_changed
 from .catchup import CaughtUp, catch_up
 from .clock import Clock
-from .errors import ContinuityError, FormatError, RestoreError
-from .format.ltx import decode
+from .errors import ContinuityError, FormatError, ObjectNotFound, RestoreError
+from .format.ltx import HEADER_SIZE, Header, decode
 from .format.types import LEVEL_MAX, format_segment_name, format_txid
+from .pagemap import History
 from .restore import restore, unacknowledged
 from .sender import has_sha256, same_bytes
 from .spool import State, new_lineage
-from .store.base import ObjectStore, SegmentInfo, list_segments
+from .store.base import ObjectStore, SegmentInfo, list_segments, segment_key
 
 __all__ = ["CATCHING_UP", "reconcile", "replica_head"]
 
@@ -94,6 +96,9 @@ def reconcile(
         head = _check_own_record(capture, store)
         if head is None:
             _check_suspicion(capture, store, adopt)
+            if capture.full_copy_reason is not None and capture.state.acked_txid:
+                txid = capture.state.acked_txid
+                _check_page_size(capture, store, segment_key(store, 0, txid, txid))
             return
     else:
         head = replica_head(store)
@@ -163,6 +168,8 @@ def _check_own_record(capture: Capture, store: ObjectStore) -> SegmentInfo | Non
             format_txid(known),
             format_txid(txid + 1),
         )
+        if left is not None:
+            _check_page_size(capture, store, left.key)
         _start(capture, store, txid, "the replica has lost objects")
         return None
     if not state.segments:
@@ -247,12 +254,28 @@ def _start(capture: Capture, store: ObjectStore, txid: int, reason: str) -> None
     _adopt_head(capture, store, txid)
 
 
-def _adopt_head(capture: Capture, store: ObjectStore, txid: int) -> None:
+def _check_page_size(capture: Capture, store: ObjectStore, key: str) -> None:
+    """Refuse a database whose pages do not fit those of the segment ``key``.
+
+    A segment with pages of another size would be the end of the replica: nobody could restore it.
+    """
+    try:
+        theirs = Header.unpack(store.get(key, 0, HEADER_SIZE)).page_size
+    except (ObjectNotFound, FormatError):
+        return
+    ours = capture.page_size()
+    if ours is not None and ours != theirs:
+        raise page_size_changed(capture.path, ours, theirs)
+
+
+def _adopt_head(
+    capture: Capture, store: ObjectStore, txid: int, lineage: str | None = None
+) -> None:
     with capture.mutex:
         capture.begin(
             replace(
                 capture.state,
-                lineage=new_lineage(),
+                lineage=lineage or new_lineage(),
                 replica=store.url,
                 txid=txid,
                 sha256="",
@@ -266,13 +289,8 @@ def _take_over(
 ) -> None:
     state = capture.state
     if capture.has_content():
-        if _is_at_head(capture, store, clock, head):
-            log.info(
-                "%s: the database is the replica's state at txid %s: going on from there",
-                os.path.basename(capture.path),
-                format_txid(head.max_txid),
-            )
-            _adopt_head(capture, store, head.max_txid)
+        _check_page_size(capture, store, head.key)
+        if _goes_on_from_head(capture, store, clock, head):
             return
         if _litestream_has(capture.path, store, head):
             _start(capture, store, head.max_txid, "taken over from Litestream")
@@ -291,8 +309,13 @@ def _take_over(
     )
 
 
-def _is_at_head(capture: Capture, store: ObjectStore, clock: Clock, head: SegmentInfo) -> bool:
-    """Compare every page with the replica's newest state, restored beside the spool."""
+def _goes_on_from_head(
+    capture: Capture, store: ObjectStore, clock: Clock, head: SegmentInfo
+) -> bool:
+    """Take over if the database is, page for page, the replica's newest state.
+
+    That is restored beside the spool, compared, and becomes the page map.
+    """
     path = capture.scratch_path("compare")
     try:
         try:
@@ -300,17 +323,29 @@ def _is_at_head(capture: Capture, store: ObjectStore, clock: Clock, head: Segmen
         except (FormatError, RestoreError) as error:
             log.warning("the replica's newest state cannot be restored: %s", error)
             return False
-        if result.txid != head.max_txid:
+        if result.txid != head.max_txid or not _is_same(capture, path, clock):
             return False
-        for _ in range(_VIEW_ATTEMPTS):
-            with open(path, "rb") as file:
-                same = capture.equals(file, os.path.getsize(path))
-            if same is not None:
-                return same
-            clock.sleep(_VIEW_PAUSE_S)
-        return False
+        log.info(
+            "%s: the database is the replica's state at txid %s: going on from there",
+            os.path.basename(capture.path),
+            format_txid(head.max_txid),
+        )
+        history = History(new_lineage(), store.url)
+        capture.describe(path, history, head.max_txid, result.page_size)
+        _adopt_head(capture, store, head.max_txid, history.lineage)
+        return True
     finally:
         path.unlink(missing_ok=True)
+
+
+def _is_same(capture: Capture, path: Path, clock: Clock) -> bool:
+    for _ in range(_VIEW_ATTEMPTS):
+        with open(path, "rb") as file:
+            same = capture.equals(file, os.path.getsize(path))
+        if same is not None:
+            return same
+        clock.sleep(_VIEW_PAUSE_S)
+    return False
 
 
 def _litestream_has(path: str, store: ObjectStore, head: SegmentInfo) -> bool:

@@ -32,6 +32,7 @@ from .fence import Fence
 from .format.ltx import PageEncoding
 from .format.types import format_txid
 from .host import Host
+from .pagemap import History, PageMap
 from .peers import Message, Peers, Pipe
 from .restore import RestoreResult, restore
 from .sender import RequestThreads, Sender
@@ -45,7 +46,7 @@ from .sqlite import (
     SqlitePort,
     require_sqlite,
 )
-from .store.base import ObjectStore
+from .store.base import ObjectStore, segment_key
 from .store.local import fsync_directory, sync_data
 from .store.retrying import RetryingStore
 from .store.settings import LocalSettings
@@ -135,6 +136,9 @@ class Engine:
             spool,
             self._port,
             clock,
+            fetch=lambda txid, offset, length: store.get(
+                segment_key(store, 0, txid, txid), offset, length
+            ),
             encoding=PageEncoding(settings.page_encoding),
             max_sync_wal_bytes=settings.max_sync_wal_bytes,
         )
@@ -338,10 +342,17 @@ class Engine:
         sender = Sender(self.name, self.capture, self._store, self.fence, self._clock)
         for sealed in state.segments:
             sender.send(sealed)
-        restored = Path(f"{self.path}.rolled-forward")
-        result = restore(self._retrying(attempts=5), restored, clock=self._clock, overwrite=True)
+        made = Path(f"{self.path}.rolled-forward")
+        restored = _Restored(self._spool, History(state.lineage, self._store.url))
+        result = restore(
+            self._retrying(attempts=5),
+            made,
+            clock=self._clock,
+            overwrite=True,
+            inspect=restored.inspect,
+        )
         if result.txid is None or result.txid < state.txid:
-            restored.unlink()
+            made.unlink()
             raise ContinuityError(
                 f"{self.path}: {lost}, and {self._store.url} ends before it: nothing was changed",
                 local_txid=state.txid,
@@ -349,13 +360,9 @@ class Engine:
             )
         kept = state.set_aside or f"{self.name}.damaged-{self._clock.now_ms()}"
         self._spool.record(replace(state, set_aside=kept))
-        self._replace_files(restored, Path(self.path).with_name(kept))
+        self._replace_files(made, Path(self.path).with_name(kept))
         log.warning("%s: rolled forward; the damaged files are kept as %s*", self.name, kept)
-        self._spool.record(
-            _restored_state(self._spool, self._store.url, result, self.path, self._clock),
-            drop_pieces=True,
-            drop_segments=True,
-        )
+        restored.record(result, self.path, self._clock)
         self.capture.prove()
 
     def _replace_files(self, new: Path, kept: Path) -> None:
@@ -467,7 +474,7 @@ class Engine:
                     continue
                 if policy != "resync":
                     raise
-                log.error("%s: %s; the WAL is let go and a full copy follows", self.name, error)
+                log.error("%s: %s; the WAL is let go and a resync follows", self.name, error)
                 self.capture.require_full_copy(f"the spool could not be written: {error}")
                 return
 
@@ -734,16 +741,12 @@ def restore_if_missing(settings: DatabaseSettings, host: Host | None = None) -> 
             return False  # the process that has it has seen to it
         if replica_head(store) is None and not _has_old_layout(store):
             return False
-        result = restore(store, path, clock=clock, overwrite=True)
+        restored = _Restored(spool, History(new_lineage(), raw.url))
+        result = restore(store, path, clock=clock, overwrite=True, inspect=restored.inspect)
         log.info(
             "%s: restored from %s, txid %s", path.name, store.url, format_txid(result.txid or 0)
         )
-        if result.txid is not None:
-            spool.record(
-                _restored_state(spool, raw.url, result, str(path), clock),
-                drop_pieces=True,
-                drop_segments=True,
-            )
+        restored.record(result, str(path), clock)
         return True
     except NoBackupError:
         return False
@@ -756,29 +759,56 @@ def _has_old_layout(store: ObjectStore) -> bool:
     return next(iter(store.list("generations/")), None) is not None
 
 
-def _restored_state(
-    spool: Spool, url: str, result: RestoreResult, path: str, clock: Clock
-) -> State:
-    """The record of a database that was just restored: at that TXID, with no WAL."""
-    before = spool.state
-    clock.sleep(0.02)  # a younger file could change again without a visible sign
-    txid = result.txid or 0
-    return State(
-        lineage=before.lineage if before.replica == url and before.lineage else new_lineage(),
-        replica=url,
-        txid=txid,
-        acked_txid=txid,
-        commit=result.commit,
-        page_size=result.page_size,
-        resync="",
-        wal_gone=True,
-        fingerprint=Fingerprint.of(path, spool.files),
-        nonces=before.nonces,
-        fence_tested=before.fence_tested,
-        destination=before.destination,
-        admitted=before.admitted,
-        adopt=before.adopt,
-    )
+class _Restored:
+    """Notes what is known of a database that is being restored: its state is the replica's.
+
+    Args:
+        history: the one that its record will go on with.
+    """
+
+    def __init__(self, spool: Spool, history: History) -> None:
+        self._spool = spool
+        self._history = history
+        self._mtime_ns = 0
+
+    def inspect(self, result: RestoreResult) -> None:
+        """Make the page map while nobody can know the file: a moment later somebody may write."""
+        self._mtime_ns = os.stat(result.output).st_mtime_ns
+        if result.txid is not None:
+            PageMap(self._spool.directory, self._spool.files).describe(
+                result.output, self._history, txid=result.txid, page_size=result.page_size
+            )
+
+    def record(self, result: RestoreResult, path: str, clock: Clock) -> None:
+        """Record that the database at ``path`` is at that TXID, with no WAL."""
+        if result.txid is None:
+            return
+        clock.sleep(0.02)  # a younger file could change again without a visible sign
+        fingerprint = Fingerprint.of(path, self._spool.files)
+        before = self._spool.state
+        written = fingerprint.mtime_ns != self._mtime_ns
+        self._spool.record(
+            State(
+                lineage=self._history.lineage,
+                replica=self._history.replica,
+                nonces=before.nonces,
+                fence_tested=before.fence_tested,
+                destination=before.destination,
+                admitted=before.admitted,
+                adopt=before.adopt,
+                txid=result.txid,
+                acked_txid=result.txid,
+                commit=result.commit,
+                page_size=result.page_size,
+                resync="somebody wrote to the database as soon as it was restored"
+                if written
+                else "",
+                wal_gone=not written,
+                fingerprint=None if written else fingerprint,
+            ),
+            drop_pieces=True,
+            drop_segments=True,
+        )
 
 
 def _size_of(path: str | Path) -> int:

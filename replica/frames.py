@@ -26,7 +26,7 @@ from .format.wal import (
     parse_frame_header,
 )
 
-__all__ = ["Batch", "WalReader", "collect", "pages"]
+__all__ = ["Batch", "WalReader", "collect", "page_runs", "pages"]
 
 _SALTS: Final = struct.Struct(">2I")
 
@@ -218,6 +218,18 @@ def pages(
                 page = read_main(((key >> 32) - 1) * page_size, page_size)
                 yield key >> 32, memoryview(page)
         return
+    for pgno, run in page_runs(wal, batch, page_size, read_main):
+        yield from enumerate(run, pgno)
+
+
+def page_runs(
+    wal: WalReader, batch: Batch, page_size: int, read_main: Callable[[int, int], bytes]
+) -> Iterator[tuple[int, list[memoryview]]]:
+    """Runs of consecutive pages, ascending: the first page number, and the pages' content.
+
+    Each run is read in one go, half a MiB at most, and the GIL is left to others meanwhile.
+    """
+    step = FRAME_HEADER_SIZE + page_size
     for first_key, count in _runs(batch.keys, max(1, _RUN_BYTES // step)):
         pgno, frame_no = first_key >> 32, first_key & 0xFFFFFFFF
         if frame_no:
@@ -229,9 +241,7 @@ def pages(
         if len(data) != count * size:
             raise FormatError("the WAL became shorter while it was read")
         view = memoryview(data)
-        for i in range(count):
-            start = i * size + gap
-            yield pgno + i, view[start : start + page_size]
+        yield pgno, [view[start : start + page_size] for start in range(gap, len(data), size)]
 
 
 def _runs(keys: Iterable[int], longest: int) -> Iterator[tuple[int, int]]:

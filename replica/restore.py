@@ -135,6 +135,7 @@ def restore(
     verify: Literal["auto", "full"] = "auto",
     progress: Progress | None = None,
     overwrite: bool = False,
+    inspect: Callable[[RestoreResult], object] | None = None,
 ) -> RestoreResult:
     """Restore a database to a file.
 
@@ -152,6 +153,8 @@ def restore(
             leaves their file checksums unverified; "full" reads and verifies everything.
         overwrite: replace an existing database.  Its -wal, -shm and -journal files, which do not
             belong to the new one, are removed immediately before; nobody may have it open.
+        inspect: called when the file is complete and does not have its name yet, with that it has
+            (and a duration of 0).
 
     Raises:
         ConfigError: arguments that cannot be used.
@@ -182,6 +185,8 @@ def restore(
                         store, source, temporary, parallelism, verify == "full", progress
                     )
                     _check_database(temporary.path, integrity_check)
+                    if inspect is not None:
+                        inspect(result)
                     temporary.publish(overwrite)
             except ObjectNotFound as error:
                 # Retention may remove what a newer snapshot or compaction replaces.

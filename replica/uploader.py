@@ -32,7 +32,6 @@ from .clock import Clock
 from .election import Locks
 from .errors import ClosedError, ContinuityError, ReplicaError, StoreError
 from .fence import Fence
-from .format.types import format_txid
 from .peers import Message, Peers
 from .sender import Requests, Sender
 from .spool import Sealed
@@ -489,17 +488,7 @@ class Uploader:
             return self._capture.take()
         if not self._capture.has_content() or not self._capture.in_wal_mode:
             return None
-        reason = self._capture.full_copy_reason
-        sealed = self._capture.copy()
-        if sealed is not None:
-            log.info(
-                "%s: full copy as txid %s, %d bytes (%s)",
-                self._name,
-                format_txid(sealed.txid),
-                sealed.size_bytes,
-                reason,
-            )
-        return sealed
+        return self._capture.resync()
 
     def _merge_if_many(self) -> None:
         outgrown = self._capture.outgrows_database()
