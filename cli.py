@@ -27,6 +27,8 @@ from typing import Any, Final, NoReturn
 from walship import __version__
 from walship.replica.clock import Clock, SystemClock
 from walship.replica.config import Settings, default_replica, load_config, parse_replica
+from walship.replica.doctor.probe import probe
+from walship.replica.doctor.report import Printer, as_json, notes_about
 from walship.replica.errors import (
     ConfigError,
     ContinuityError,
@@ -56,7 +58,7 @@ from walship.replica.spool import read_state, state_directory
 from walship.replica.store.base import ObjectStore, SegmentInfo
 from walship.replica.store.opening import open_store
 from walship.replica.store.retrying import RetryingStore
-from walship.replica.store.settings import LocalSettings
+from walship.replica.store.settings import DEFAULT_PART_SIZE, LocalSettings, S3Settings
 from walship.replica.url import is_url
 
 __all__ = ["main"]
@@ -68,6 +70,7 @@ EXIT_DAMAGED: Final = 4
 EXIT_STORE: Final = 5
 EXIT_GAP: Final = 6
 EXIT_EXISTS: Final = 7
+EXIT_UNFIT: Final = 8
 EXIT_INTERRUPTED: Final = 130
 EXIT_TERMINATED: Final = 143
 
@@ -91,6 +94,7 @@ exit codes:
   5    the store cannot be reached, or refuses
   6    segments are missing in the middle of the replica
   7    the output exists already
+  8    the store is not fit (doctor)
   130  interrupted (Ctrl-C); nothing was changed
 """
 
@@ -100,6 +104,7 @@ examples:
   walship restore -config walship.yml /data/app.db
   walship ltx -level all 's3://bucket/app.db'
   walship status -config walship.yml
+  walship doctor 's3://bucket/app.db'
 
 Quote a URL that contains "&", or the shell cuts it there.  Keys come from the environment
 (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or the configuration file.
@@ -124,6 +129,13 @@ examples:
 
 The database appears under its name complete and checked, or not at all; until then nothing that
 exists is touched, not even with -force.
+
+{_EXIT_HELP}"""
+
+_DOCTOR_HELP: Final = f"""\
+Writes, reads and removes objects named walship-doctor-... where a replica's would lie, and lets
+writers race for one of them: only that shows whether a second writer would be kept out.  About
+1,900 requests and 20 MB; from a few seconds to a minute.  Replicas there are not touched.
 
 {_EXIT_HELP}"""
 
@@ -407,6 +419,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("database", metavar="DB", help="the database; no process may have it open")
     _config(made)
+
+    made = command(
+        "doctor", _doctor, "try out a store: is it fit for replicas?", epilog=_DOCTOR_HELP
+    )
+    _target(made)
+    _config(made)
+    _json(made)
 
     made = command("version", _version, "print the version")
     _option(made, "verbose", action="store_true", help="also those of what it runs on")
@@ -790,6 +809,31 @@ def _ask_running(directory: Path) -> Mapping[str, Any] | None:
         return None  # no state directory, or not ours to write to
     status = (answer or {}).get("status")
     return status if isinstance(status, dict) and status.keys() >= _STATUS_KEYS else None
+
+
+def _doctor(arguments: argparse.Namespace, clock: Clock) -> int:
+    replica, _ = _replica_of(arguments)
+    settings = replica.store
+    part_size = settings.part_size if isinstance(settings, S3Settings) else DEFAULT_PART_SIZE
+    with _opened(replica, clock) as store:
+        if arguments.json:
+            report = probe(store, clock, part_size=part_size)
+            _print_json(as_json(report, notes_about(report, settings)))
+        else:
+            printer = Printer(sys.stdout)
+            printer.title(store.url)
+            try:
+                report = probe(
+                    store,
+                    clock,
+                    part_size=part_size,
+                    started=printer.started,
+                    ended=printer.ended,
+                )
+            finally:
+                printer.stopped()
+            printer.verdict(report, notes_about(report, settings))
+    return EXIT_OK if report.fit else EXIT_UNFIT
 
 
 def _version(arguments: argparse.Namespace, clock: Clock) -> int:

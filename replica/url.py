@@ -327,6 +327,7 @@ _PROVIDERS: Final[tuple[tuple[Callable[[str], bool], Provider], ...]] = (
     (lambda host: host.endswith(".your-objectstorage.com"), Provider("Hetzner")),
     (lambda host: host.endswith(".scw.cloud"), Provider("Scaleway")),
     (lambda host: host == "s3.filebase.com", Provider("Filebase")),
+    (lambda host: host == "storage.googleapis.com", Provider("Google Cloud Storage")),
     (lambda host: host.endswith(".supabase.co"), Provider("Supabase")),
     (lambda host: host.endswith(".amazonaws.com"), Provider("AWS")),
 )

@@ -1,0 +1,1 @@
+"""What an object store really does: checks against the live store, and a verdict."""
