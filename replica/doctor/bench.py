@@ -34,7 +34,7 @@ __all__ = [
     "warning",
 ]
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger("walship.doctor")
 
 _T = TypeVar("_T")
 
@@ -130,10 +130,9 @@ class Bench:
         text = " ".join(str(error).split())
         return (text.partition(f"{self.store.url}: ")[2] or text).replace(self.prefix, "")
 
-    def remove(self) -> int:
-        """Delete every object that may have been written; returns how many that are."""
+    def remove(self) -> None:
+        """Delete every object that may have been written."""
         self.store.delete(list(self._keys))
-        return len(self._keys)
 
     @contextlib.contextmanager
     def threads(self) -> Iterator[ThreadPoolExecutor]:
@@ -143,7 +142,7 @@ class Bench:
         try:
             yield pool
         except KeyboardInterrupt:
-            _log.warning("doctor-interrupted waiting for the answers to requests under way")
+            log.warning("interrupted: waiting for the answers to what was asked")
             raise
         finally:
             self.abandoned = True

@@ -21,7 +21,7 @@ from .writes import RACES, Writes
 
 __all__ = ["Check", "Report", "probe"]
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger("walship.doctor")
 
 _GOOD: Final = frozenset({"ok", "warning"})
 
@@ -74,29 +74,26 @@ def probe(
     store: ObjectStore,
     clock: Clock,
     *,
-    quick: bool = False,
     part_size: int = DEFAULT_PART_SIZE,
     started: Callable[[str], None] | None = None,
     ended: Callable[[Check], None] | None = None,
 ) -> Report:
     """Try out ``store`` and say whether a fence works there.
 
-    About 1,900 requests, 500 with ``quick``: a few seconds to a minute.  Blocks; any thread may
-    call it, and other users of the store are not disturbed.  What it writes is gone when it returns
-    or raises, as far as the store lets it be removed; the log says what may be left.
+    About 1,500 requests and 20 MB, from a few seconds to a minute.  Blocks; any thread may call it,
+    and other users of the store are not disturbed.  What it writes is gone when it returns or
+    raises, as far as the store lets it be removed; the report or the log says what may be left.
 
     Args:
         store: with retries around it, or a passing trouble counts as a failure.
-        quick: only the conditional writes of single objects, up to the first failure.
         part_size: bytes above which the store writes in parts; see ``S3Settings``.
         started: called with the name of each check before it is made, by the calling thread.
         ended: called with each check afterwards.
 
     Raises:
-        StoreError: the store cannot be reached or refuses everything; with ``quick`` any failure
-            that says nothing about the fence (a time-out, missing permissions).
+        StoreError: the store cannot be reached or refuses everything.
     """
-    return _Probe(Bench(store, clock, part_size), quick, started, ended).run()
+    return _Probe(Bench(store, clock, part_size), started, ended).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +111,17 @@ class _Step:
     decides: bool = False
 
 
-def _steps(bench: Bench, quick: bool) -> Sequence[_Step]:
+def _steps(bench: Bench) -> Sequence[_Step]:
     reads, writes = Reads(bench), Writes(bench)
-    basic = () if quick else ("put", "get", "delete")
+    basic = ("put", "get", "delete")
     listing, asking = ("list", *basic), ("head", *basic)
-    fence = (
+    return (
+        _Step("reach", reads.reach),
+        _Step("list", reads.may_list),
+        _Step("put", reads.may_put),
+        _Step("get", reads.may_get, ("put",)),
+        _Step("head", reads.may_head, ("put",)),
+        _Step("delete", reads.may_delete, ("put",)),
         _Step("create", writes.create, basic, decides=True),
         _Step("create again", writes.create_again, ("create",), decides=True),
         _Step("create repeated", writes.create_equal, ("create again",), decides=True),
@@ -127,19 +130,8 @@ def _steps(bench: Bench, quick: bool) -> Sequence[_Step]:
         _Step("update of nothing", writes.update_of_nothing, ("update",), decides=True),
         _Step("create race", writes.create_race, ("create again",), decides=True),
         _Step("update race", writes.update_race, ("stale update",), decides=True),
-        _Step("conditional get", writes.conditional_get, basic, decides=True),
-        _Step("object age", writes.object_age, basic, decides=True),
-    )
-    if quick:
-        return fence
-    return (
-        _Step("reach", reads.reach),
-        _Step("list", reads.may_list),
-        _Step("put", reads.may_put),
-        _Step("get", reads.may_get, ("put",)),
-        _Step("head", reads.may_head, ("put",)),
-        _Step("delete", reads.may_delete, ("put",)),
-        *fence,
+        _Step("conditional get", writes.conditional_get, basic),
+        _Step("object age", writes.object_age, listing, decides=True),
         _Step("large object", writes.large_object, basic),
         _Step("large create", writes.large_create, ("large object", "create again"), decides=True),
         _Step("list after put", reads.list_after_put, listing),
@@ -158,30 +150,23 @@ class _Probe:
     def __init__(
         self,
         bench: Bench,
-        quick: bool,
         started: Callable[[str], None] | None,
         ended: Callable[[Check], None] | None,
     ) -> None:
         self._bench = bench
-        self._quick = quick
         self._started = started
         self._ended = ended
         self._checks: dict[str, Check] = {}
 
     def run(self) -> Report:
-        steps = _steps(self._bench, self._quick)
+        steps = _steps(self._bench)
         try:
             for step in steps:
-                check = self._made(step)
-                if self._quick and check.status == "failed":
-                    break
+                self._made(step)
+            self._made(_Step("clean up", self._clean_up))
         except BaseException:
             self._remove_quietly()
             raise
-        if self._quick:
-            self._remove_quietly()
-        else:
-            self._made(_Step("clean up", self._clean_up))
         fence, because = self._verdict(steps)
         return Report(self._bench.store.url, tuple(self._checks.values()), fence, because)
 
@@ -196,7 +181,7 @@ class _Probe:
             try:
                 finding = step.run()
             except StoreError as error:
-                if self._quick or step.name == "reach":
+                if step.name == "reach":
                     raise
                 finding = failed(self._bench.text(error))
         ms = round((self._bench.clock.monotonic() - began) * 1000)
@@ -218,21 +203,22 @@ class _Probe:
 
     def _clean_up(self) -> Finding:
         name = f"{self._bench.prefix}*"
+        may_list = self._checks["list"].status == "ok"
         try:
-            n_removed = self._bench.remove()
-            left = self._bench.listed("") if self._checks["list"].status == "ok" else []
+            self._bench.remove()
+            left = self._bench.listed("") if may_list else []
         except StoreError as error:
             return failed(f"{name} may be left behind: {self._bench.text(error)}")
         if left:
-            return failed(f"{len(left)} objects are left behind: remove {name} by hand")
-        return ok(f"{n_removed:,} objects removed")
+            return failed(f"{len(left):,} objects are left behind: remove {name} by hand")
+        return ok("nothing is left behind" if may_list else "objects removed")
 
     def _remove_quietly(self) -> None:
         problem = "requests were under way" if self._bench.abandoned else None
         try:
             self._bench.remove()
         except StoreError as error:
-            problem = " ".join(str(error).split())
+            problem = self._bench.text(error)
         except BaseException:
             self._warn("interrupted again")
             raise
@@ -240,9 +226,5 @@ class _Probe:
             self._warn(problem)
 
     def _warn(self, problem: str) -> None:
-        _log.warning(
-            "doctor-leftovers url=%s keys=%s* error=%s",
-            self._bench.store.url,
-            self._bench.prefix,
-            problem,
-        )
+        name, url = self._bench.prefix, self._bench.store.url
+        log.warning("%s* may be left behind in %s (%s): remove it by hand", name, url, problem)

@@ -216,12 +216,14 @@ class Writes:
         key = self._bench.key("age")
         self._store.put(key, b"age")
         version = self._bench.read(key)
-        age_ms = version.now_ms - version.modified_ms
-        if abs(age_ms) > _FRESH_MS:
-            return failed(
-                f"a new object is {seconds(age_ms)} old by the store's own clock: nobody could "
-                "tell whether another writer is alive"
-            )
+        times_ms = [version.modified_ms, *(info.modified_ms for info in self._store.list(key))]
+        for modified_ms in times_ms:
+            age_ms = version.now_ms - modified_ms
+            if abs(age_ms) > _FRESH_MS:
+                return failed(
+                    f"a new object is {seconds(age_ms)} old by the store's own clock: nobody could "
+                    "tell whether another writer is alive"
+                )
         return ok("new objects are new by the store's clock")
 
     # --- uploads in parts -------------------------------------------------------------------------
