@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from walship.replica.clock import Clock
 from walship.replica.errors import StoreError
@@ -23,8 +22,6 @@ __all__ = ["Check", "Report", "probe"]
 
 log = logging.getLogger("walship.doctor")
 
-_GOOD: Final = frozenset({"ok", "warning"})
-
 
 @dataclass(frozen=True, slots=True)
 class Check:
@@ -34,12 +31,14 @@ class Check:
         name: what was checked; stays the same between versions.
         status: "ok"; "failed": walship needs it; "warning": it works without; "skipped".
         seen: one line for people.
+        decides: the fence stands and falls with it.
         ms: how long it took, milliseconds.
     """
 
     name: str
     status: Status
     seen: str
+    decides: bool
     ms: int
 
 
@@ -65,9 +64,14 @@ class Report:
         return [check.name for check in self.checks if check.status == "failed"]
 
     @property
+    def works(self) -> bool:
+        """Whether everything works that a single writer needs."""
+        return all(check.decides for check in self.checks if check.status == "failed")
+
+    @property
     def fit(self) -> bool:
         """Whether everything works that walship needs, the fence included."""
-        return self.fence and not self.failed
+        return self.fence and self.works
 
 
 def probe(
@@ -156,27 +160,27 @@ class _Probe:
         self._bench = bench
         self._started = started
         self._ended = ended
-        self._checks: dict[str, Check] = {}
+        self._checks: list[Check] = []
+        self._causes: dict[str, str] = {}  # what failed first, of each check that did not succeed
 
     def run(self) -> Report:
-        steps = _steps(self._bench)
         try:
-            for step in steps:
+            for step in _steps(self._bench):
                 self._made(step)
             self._made(_Step("clean up", self._clean_up))
         except BaseException:
             self._remove_quietly()
             raise
-        fence, because = self._verdict(steps)
-        return Report(self._bench.store.url, tuple(self._checks.values()), fence, because)
+        fence, because = self._verdict()
+        return Report(self._bench.store.url, tuple(self._checks), fence, because)
 
     def _made(self, step: _Step) -> Check:
         if self._started is not None:
             self._started(step.name)
         began = self._bench.clock.monotonic()
-        missing = [name for name in step.needs if self._checks[name].status not in _GOOD]
-        if missing:
-            finding = skipped(f'because of "{missing[0]}"')
+        cause = next((self._causes[name] for name in step.needs if name in self._causes), None)
+        if cause is not None:
+            finding = skipped(f'because of "{cause}"')
         else:
             try:
                 finding = step.run()
@@ -185,25 +189,29 @@ class _Probe:
                     raise
                 finding = failed(self._bench.text(error))
         ms = round((self._bench.clock.monotonic() - began) * 1000)
-        check = Check(step.name, finding.status, finding.seen, ms)
-        self._checks[step.name] = check
+        check = Check(step.name, finding.status, finding.seen, step.decides, ms)
+        self._checks.append(check)
+        if check.status in ("failed", "skipped"):
+            self._causes[step.name] = cause or step.name
         if self._ended is not None:
             self._ended(check)
         return check
 
-    def _verdict(self, steps: Sequence[_Step]) -> tuple[bool, str]:
-        deciding = {name for step in steps if step.decides for name in (step.name, *step.needs)}
-        for check in self._checks.values():
-            # The first one: others follow from it.
-            if check.name in deciding and check.status == "failed":
+    def _verdict(self) -> tuple[bool, str]:
+        causes = {self._causes.get(check.name) for check in self._checks if check.decides}
+        for check in self._checks:
+            if check.status != "failed" or check.name not in causes:
+                continue
+            if check.decides:
                 return False, check.seen
+            return False, f'it could not be tried: "{check.name}" failed: {check.seen}'
         return True, f"each of {2 * RACES} races of {WRITERS} writers had one winner"
 
     # --- leaving no trace -------------------------------------------------------------------------
 
     def _clean_up(self) -> Finding:
         name = f"{self._bench.prefix}*"
-        may_list = self._checks["list"].status == "ok"
+        may_list = "list" not in self._causes
         try:
             self._bench.remove()
             left = self._bench.listed("") if may_list else []

@@ -72,7 +72,7 @@ class Reads:
         try:
             self._store.delete([self._bench.key("access")])
         except StoreError as error:
-            return failed(f"nothing else is tried, as it would stay: {self._bench.text(error)}")
+            return failed(f"{self._bench.text(error)}; nothing else is tried, it would stay")
         return ok("may delete")
 
     # --- nothing is seen too late -----------------------------------------------------------------

@@ -101,7 +101,12 @@ class Printer:
         else:
             fence = f"no, because {report.because}"
         self._print("\n" + self._wrapped(" fence:  ", fence))
-        fit = "yes" if report.fit else f"no (failed: {', '.join(report.failed)})"
+        if report.fit:
+            fit = "yes"
+        elif report.works:
+            fit = "no, unless you see to it yourself that there is never a second writer"
+        else:
+            fit = f"no (failed: {', '.join(report.failed)})"
         self._print(self._wrapped(" fit:    ", fit))
         for note in notes:
             self._print(self._wrapped(" note:   ", note))

@@ -1,7 +1,8 @@
 """An S3 server with faults that can be chosen; the first: it checks a condition, then writes.
 
 Many clients at once, one thread each, objects in memory.  What separates a check from its write is
-what separates them in real servers: the body goes to a disk first.  It checks no signature.
+what separates them in real servers: the time in which the body goes to a disk.  It checks no
+signature.
 """
 
 from __future__ import annotations
@@ -10,9 +11,7 @@ import contextlib
 import email.utils
 import hashlib
 import http.server
-import os
 import re
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,8 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from xml.sax.saxutils import escape
 
 _XML = {"Content-Type": "application/xml"}
+#: What a body takes to its disk, seconds.
+_DISK_S = 0.002
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,10 @@ class Faults:
     """What is wrong with the server; by default nothing but the race.
 
     Attributes:
-        conditions: of PUTs.  "locked" is right; "racy" checks, then writes; "ignored" writes;
-            "unsupported" answers 501; "lying" answers 412 and writes all the same; "exists" knows
-            If-None-Match and ignores If-Match; "vanished" creates what If-Match does not find.
+        conditions: of PUTs.  "locked" is right; "racy" checks, then writes; "racy-update" does so
+            for If-Match only; "ignored" writes; "unsupported" answers 501; "lying" answers 412 and
+            writes all the same; "exists" knows If-None-Match and ignores If-Match; "vanished"
+            creates what If-Match does not find.
         complete_conditions: whether completing a multipart upload looks at conditions.
         date_skew_s: seconds that the Date header is ahead.
         modified_skew_s: seconds that Last-Modified is ahead.
@@ -49,7 +51,7 @@ class Faults:
     """
 
     conditions: Literal[
-        "locked", "racy", "ignored", "unsupported", "lying", "exists", "vanished"
+        "locked", "racy", "racy-update", "ignored", "unsupported", "lying", "exists", "vanished"
     ] = "racy"
     complete_conditions: bool = True
     date_skew_s: int = 0
@@ -112,7 +114,7 @@ class RacyServer:
         self.buckets = {"bucket"}
         self.received: Callable[[str, str], None] | None = None
         self._uploads: dict[str, dict[int, bytes]] = {}
-        self._lock = threading.Lock()  # for "locked"; a dictionary needs none
+        self._lock = threading.Lock()  # held where the server is no racy one
         self._server = _Listener(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
@@ -169,14 +171,15 @@ class RacyServer:
         if conditional and conditions == "unsupported":
             return _error(501, "NotImplemented")
         kept = {n: v for n, v in request.headers.items() if n.startswith("x-amz-meta-")}
-        with self._lock if conditions == "locked" else contextlib.nullcontext():
+        racy = conditions == "racy" or (
+            conditions == "racy-update" and "if-match" in request.headers
+        )
+        with contextlib.nullcontext() if racy else self._lock:
             refusal = self._refusal(request, name) if conditional else None
             if refusal is not None and conditions != "lying":
                 return refusal
-            with tempfile.TemporaryFile() as disk:
-                disk.write(content)
-                disk.flush()
-                os.fsync(disk.fileno())
+            if racy and conditional:
+                time.sleep(_DISK_S)
             stored = Stored(content, kept if self.faults.metadata else {}, time.time())
             self.objects[name] = stored
         etag = stored.etag if self.faults.etag else '"another"'
