@@ -135,7 +135,7 @@ exists is touched, not even with -force.
 _DOCTOR_HELP: Final = f"""\
 Writes, reads and removes objects named walship-doctor-... where a replica's would lie, and lets
 writers race for one of them: only that shows whether a second writer would be kept out.  About
-1,500 requests and 20 MB; from a few seconds to a minute.  Replicas there are not touched.
+2,000 requests and 20 MB; from a few seconds to a minute.  Replicas there are not touched.
 
 {_EXIT_HELP}"""
 

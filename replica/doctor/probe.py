@@ -16,7 +16,7 @@ from walship.replica.store.settings import DEFAULT_PART_SIZE
 
 from .bench import WRITERS, Bench, Finding, Status, failed, ok, skipped
 from .reads import Reads
-from .writes import RACES, Writes
+from .writes import Writes
 
 __all__ = ["Check", "Report", "probe"]
 
@@ -84,7 +84,7 @@ def probe(
 ) -> Report:
     """Try out ``store`` and say whether a fence works there.
 
-    About 1,500 requests and 20 MB, from a few seconds to a minute.  Blocks; any thread may call it,
+    About 2,000 requests and 20 MB, from a few seconds to a minute.  Blocks; any thread may call it,
     and other users of the store are not disturbed.  What it writes is gone when it returns or
     raises, as far as the store lets it be removed; the report or the log says what may be left.
 
@@ -205,7 +205,7 @@ class _Probe:
             if check.decides:
                 return False, check.seen
             return False, f'it could not be tried: "{check.name}" failed: {check.seen}'
-        return True, f"each of {2 * RACES} races of {WRITERS} writers had one winner"
+        return True, f"each race of {WRITERS} writers had one winner"
 
     # --- leaving no trace -------------------------------------------------------------------------
 

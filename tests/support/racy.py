@@ -44,7 +44,7 @@ class Faults:
         page: keys in one answer to a listing.
         pages: whether there is a second page.
         start_after: whether listings begin where they are told.
-        ranges: whether GET honours them; if not it fails them.
+        ranges: whether GET honours them; if not, the whole object is given out as the range.
         keeps_deleted: whether a deleted object can still be seen.
         refused: what is answered with 403: "list", "put", "get", "head", "delete".
         etag: whether answers to a PUT and a GET name the same tag.
@@ -213,7 +213,7 @@ class RacyServer:
         if asked is None:
             return _Answer(200, stored.content, headers)
         if not self.faults.ranges:
-            return _error(400, "InvalidRequest")
+            return _Answer(206, stored.content, headers)
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", asked)
         assert match is not None, asked
         start, size = int(match[1]), len(stored.content)
