@@ -274,6 +274,9 @@ def test_restore_exit_codes(
         ["databases"],
         ["status"],
         ["databases", "-config", "/does/not/exist.yml"],
+        ["doctor"],
+        ["doctor", "app.db"],
+        ["doctor", "s3:///"],
     ],
 )
 def test_wrong_usage_is_one_line(run: Run, words: list[str]) -> None:

@@ -33,6 +33,7 @@ VIOLATIONS = [
     (ENGINE, "replica/capture.py", "import walship.replica.uploader"),
     (ENGINE, "replica/uploader.py", "import walship.replica.engine"),
     (ENGINE, "replica/restore.py", "import walship.replica.capture"),
+    (ENGINE, "replica/doctor/probe.py", "import walship.replica.settings"),
     (ENGINE, "replica/unlisted.py", ""),
     (BOTO, "replica/store/local.py", "import boto3"),
     (BOTO, "cli.py", "import botocore.session"),
