@@ -363,12 +363,18 @@ def test_listing_starts_after(store: ObjectStore) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_more_than_a_thousand(store: ObjectStore) -> None:
-    """Listing and deleting do not stop at the thousand keys of one S3 request."""
-    names = [f"0000/{n:016x}-{n:016x}.ltx" for n in range(1, 1206)]
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda name: store.put(name, b""), names))
-    assert keys(store, "0000/") == names
+def test_listings_around_the_pages_of_s3(store: ObjectStore) -> None:
+    """Listing and deleting do not stop at the thousand keys of one S3 request, nor stumble where
+    a page is just full."""
+    names = [f"0000/{n:016x}-{n:016x}.ltx" for n in range(1, 2002)]
+    put = 0
+    for count in (0, 999, 1000, 1001, 2001):
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda name: store.put(name, b""), names[put:count]))
+        put = count
+        assert keys(store, "0000/") == names[:count]
+        # Behind the first key there is one page less, just full or not.
+        assert keys(store, "0000/", names[0]) == names[1:count]
     assert keys(store, "0000/", names[1100]) == names[1101:]
     store.delete(names[:-2])
     assert keys(store, "0000/") == names[-2:]
