@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
-import logging
 import os
 import random
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import walship
-from support.databases import WAIT_S, Database, Stores
 from support.litestream import Litestream, Place, in_bucket, in_directory
-from support.recording import Answer, RecordingEndpoint, Request, error_answer, recording_endpoint
 from support.servers import S3Endpoint
-from support.workers import Row, Worker, WorkerDied, WorkerError, Workers, rows_of, workers
+from support.workers import Worker, WorkerError, Workers, rows_of, workers
 from walship.replica.clock import SystemClock
 from walship.replica.fence import LEASE_KEY, Lease, parse_lease
 from walship.replica.restore import restore
