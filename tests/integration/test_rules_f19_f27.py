@@ -111,7 +111,7 @@ def test_f20_nothing_we_do_drops_the_locks(tmp_path: Path) -> None:
         connection.execute("BEGIN IMMEDIATE")
         connection.execute("INSERT INTO t VALUES (1)")
         database.sync()
-        database.engine().capture.require_full_copy("the test wants one")
+        database.demand_full_copy()
         walship.replication(connection).status()
         database.engine().capture.has_content()
         assert "locked" in _run(_TRY_TO_WRITE, database.path).stdout
@@ -425,7 +425,7 @@ def test_f26_a_copy_beside_an_open_transaction(wal: str, spilled: bool, tmp_path
         connection.execute("PRAGMA cache_size = 5")
         connection.execute("BEGIN IMMEDIATE")
         connection.execute("REPLACE INTO t VALUES (1, randomblob(?))", (9000 if spilled else 1,))
-        database.engine().capture.require_full_copy("the test wants one")
+        database.demand_full_copy()
         assert database.sync() == txid + 1
         connection.execute("COMMIT")
         database.assert_replica_equals_now()
@@ -470,7 +470,7 @@ def test_f26_a_copy_beside_writers(
             encode(*args)
 
         monkeypatch.setattr(Capture, "_encode", held)
-        database.engine().capture.require_full_copy("the test wants one")
+        database.demand_full_copy()
         database.engine().uploader.request_sync()
         assert reached.wait(20)
         connection.set_busy_timeout(0)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -215,11 +216,11 @@ def test_a_gate_during_the_first_copy(
     reached, go_on = threading.Event(), threading.Event()
     encode = Capture._encode
 
-    def held(self: Capture, batch: object, header: object, sink: object, read: object) -> None:
+    def held(*args: Any) -> None:
         if not reached.is_set():
             reached.set()
             assert go_on.wait(20)
-        encode(self, batch, header, sink, read)  # type: ignore[arg-type]
+        encode(*args)
 
     monkeypatch.setattr(Capture, "_encode", held)
     with database.opened() as connection:

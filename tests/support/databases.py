@@ -73,6 +73,13 @@ class Database:
         assert engine is not None, "the database is not open"
         return engine
 
+    def demand_full_copy(self) -> None:
+        """Give up continuity, and the page map that would save a full copy."""
+        capture = self.engine().capture
+        with capture.mutex:
+            capture.require_full_copy("the test wants one")
+            (capture.scratch_path("").parent / "pages").unlink(missing_ok=True)
+
     def sync(self) -> int:
         """Wait until everything committed is in the replica."""
         return walship.replication(self.path).sync(WAIT_S)
