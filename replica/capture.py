@@ -370,9 +370,18 @@ class Capture:
         with self.mutex:
             self._lose(reason)
 
+    def let_go(self, reason: str) -> None:
+        """As `require_full_copy`, and says nothing: that copy is not to be expected soon."""
+        with self.mutex:
+            if self.full_copy_reason is None:
+                self._discontinue(reason)
+
     def _lose(self, reason: str) -> None:
         if self.full_copy_reason is None:
             log.warning("%s: %s; all pages will be compared", self._name, reason)
+        self._discontinue(reason)
+
+    def _discontinue(self, reason: str) -> None:
         self._unrecorded = reason
         with contextlib.suppress(SpoolError):
             state = replace(self._unproven(), resync=reason)

@@ -92,7 +92,6 @@ def reconcile(
     if state.lineage and state.replica == store.url:
         if _can_catch_up(capture) and reserve():
             _catch_up(capture, store, clock)
-            return
         head = _check_own_record(capture, store)
         if head is None:
             _check_suspicion(capture, store, adopt)

@@ -313,6 +313,9 @@ class Engine:
                 self.capture.amend(refusal=(type(error).__name__, str(error)))
         if isinstance(error, FencedError) and self.settings.on_fenced == "local":
             log.warning("%s: commits go on here, and are not shipped any more", self.name)
+            # Gates have nothing to keep for this replica.
+            with contextlib.suppress(ReplicaError):
+                self.capture.let_go("commits went on while another writer had the replica")
             return
         if not isinstance(error, RefusedError | FencedError):
             error = RefusedError(f"{self.name} takes no more commits: {error}")

@@ -243,6 +243,29 @@ def test_a_copy_of_a_state_directory(hosts: Hosts) -> None:
     assert hosts.fleet.committed() <= rows_of(hosts.restore())
 
 
+def test_what_a_dead_writer_had_in_flight(
+    fleet: Workers, tmp_path: Path, minio_server: S3Endpoint
+) -> None:
+    """It died with one segment lost and later ones through: those are not mixed with the new
+    owner's, not even for a moment."""
+    bucket = minio_server.make_bucket()
+    hosts = Hosts(fleet, tmp_path, Place(minio_server.replica(bucket, "app"), ""))
+    a = hosts.start("a")
+    a.run("insert(2)")
+    acknowledged = a.run("engine().uploader.replicated_txid")
+    kept = set(a.committed)
+    a.run("insert(3)")
+    a.kill()
+    client = minio_server.client()
+    lost = f"{acknowledged + 1:016x}"
+    client.delete_object(Bucket=bucket, Key=f"app/0000/{lost}-{lost}.ltx")
+    b = hosts.start("b", fence_wait=30)
+    assert rows_of(hosts.path("b")) == kept
+    b.run("insert()")
+    assert b.run("engine().uploader.replicated_txid") == acknowledged + 1
+    assert rows_of(hosts.restore()) == rows_of(hosts.path("b")) == kept | set(b.committed)
+
+
 def test_two_hosts_fight(hosts: Hosts, litestream: Path, tmp_path: Path) -> None:
     """Killed, paused, closed, with new disks and old ones: one history, restorable by either
     program, with everything that was ever acknowledged; whoever loses is told by whom."""
