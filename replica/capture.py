@@ -311,14 +311,19 @@ class Capture:
             and self._wal.header() is None
         )
 
-    def restored(self, txid: int, page_size: int, commit: int) -> None:
-        """Record that the main file holds the replica's state at a TXID, and there is no WAL."""
+    def restored(self, txid: int, sha256: str, page_size: int, commit: int) -> None:
+        """Record that the main file holds the replica's state at a TXID, and there is no WAL.
+
+        Args:
+            sha256: of the replica's segment that ends there, hex; empty if it is not known.
+        """
         with self.mutex:
             after = replace(
                 self._unproven(),
                 txid=txid,
                 acked_txid=txid,
-                sha256="",
+                restored_txid=txid,
+                sha256=sha256,
                 page_size=page_size,
                 commit=commit,
                 wal_gone=True,

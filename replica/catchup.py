@@ -18,8 +18,8 @@ from typing import Final
 from .errors import FormatError
 from .format.ltx import Decoder, Source
 from .plan import plan_from
-from .restore import list_replica
-from .store.base import ObjectStore, SegmentInfo, list_segments
+from .restore import list_replica, look_at_tail, outlived
+from .store.base import SHA256_METADATA, ObjectStore, SegmentInfo, list_segments
 from .store.local import fsync_file
 
 __all__ = ["CaughtUp", "catch_up"]
@@ -36,12 +36,14 @@ class CaughtUp:
 
     Attributes:
         txid: the state the file holds now; the one it held if nothing was missing.
+        sha256: of the segment that ends there, hex; empty if nothing was missing or nobody knows.
         page_size: bytes; 0 if nothing was missing.
         commit: size of the database in pages; 0 if nothing was missing.
         n_segments: how many were applied.
     """
 
     txid: int
+    sha256: str
     page_size: int
     commit: int
     n_segments: int
@@ -61,11 +63,14 @@ def catch_up(store: ObjectStore, path: Path, txid: int, begin: Callable[[], None
         StoreError: from the store; the file may be changed in part.
         OSError: the file could not be written.
     """
-    segments = plan_from(list_segments(store, 0, after_txid=txid), txid)
+    listing = list(list_segments(store, 0, after_txid=txid - 1))
+    if not any(segment.min_txid == txid + 1 for segment in listing):
+        listing = list_replica(store)
+    tail = look_at_tail(store, listing)
+    late = outlived(tail)
+    segments = plan_from((s for s in listing if s.key not in late and s.size_bytes), txid)
     if not segments:
-        segments = plan_from(list_replica(store), txid)
-    if not segments:
-        return CaughtUp(txid, 0, 0, 0)
+        return CaughtUp(txid, "", 0, 0, 0)
     begin()
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
@@ -76,7 +81,9 @@ def catch_up(store: ObjectStore, path: Path, txid: int, begin: Callable[[], None
         fsync_file(fd)
     finally:
         os.close(fd)
-    return CaughtUp(segments[-1].max_txid, page_size, commit, len(segments))
+    newest = tail.get(segments[-1].key)
+    sha256 = newest.metadata.get(SHA256_METADATA, "") if newest is not None else ""
+    return CaughtUp(segments[-1].max_txid, sha256, page_size, commit, len(segments))
 
 
 def _fetched(

@@ -36,7 +36,7 @@ from .errors import ContinuityError, FormatError, ObjectNotFound, RestoreError
 from .format.ltx import HEADER_SIZE, Header, decode
 from .format.types import LEVEL_MAX, format_segment_name, format_txid
 from .pagemap import History
-from .restore import restore, unacknowledged
+from .restore import look_at_tail, outlived, restore, unacknowledged
 from .sender import has_sha256, same_bytes
 from .spool import State, new_lineage
 from .store.base import ObjectStore, SegmentInfo, list_segments, segment_key
@@ -114,8 +114,7 @@ def _can_catch_up(capture: Capture) -> bool:
         return True
     return (
         not state.resync
-        and not state.sha256
-        and state.txid == state.acked_txid > 0
+        and state.txid == state.acked_txid == state.restored_txid > 0
         and not (state.pieces or state.segments)
         and capture.is_untouched()
     )
@@ -130,7 +129,7 @@ def _catch_up(capture: Capture, store: ObjectStore, clock: Clock) -> None:
         capture.amend(durable=True, resync=CATCHING_UP, fingerprint=None, wal_gone=True)
 
     caught_up: CaughtUp | None = None
-    if capture.state.resync != CATCHING_UP:
+    if capture.state.resync != CATCHING_UP and not _was_replaced(store, capture.state):
         try:
             caught_up = catch_up(store, path, before, begin)
         except FormatError as error:
@@ -140,14 +139,32 @@ def _catch_up(capture: Capture, store: ObjectStore, clock: Clock) -> None:
     if caught_up is None:
         log.warning("%s: not brought up to date; restoring all of it", path.name)
         result = restore(store, path, clock=clock, overwrite=True)
-        caught_up = CaughtUp(result.txid or 0, result.page_size, result.commit, result.n_segments)
+        caught_up = CaughtUp(
+            result.txid or 0,
+            result.source.newest_sha256,
+            result.page_size,
+            result.commit,
+            result.n_segments,
+        )
     log.info(
         "%s: caught up with the replica from txid %s to %s",
         path.name,
         format_txid(before),
         format_txid(caught_up.txid),
     )
-    capture.restored(caught_up.txid, caught_up.page_size, caught_up.commit)
+    capture.restored(caught_up.txid, caught_up.sha256, caught_up.page_size, caught_up.commit)
+
+
+def _was_replaced(store: ObjectStore, state: State) -> bool:
+    """Whether the newest segment that was restored is another one now: it was a former writer's,
+    sent too late and never acknowledged."""
+    if not state.sha256:
+        return False
+    try:
+        info = store.head(segment_key(store, 0, state.txid, state.txid))
+    except ObjectNotFound:
+        return False  # compacted, as only acknowledged ones are
+    return not has_sha256(store, info, state.sha256)
 
 
 def _check_own_record(capture: Capture, store: ObjectStore) -> SegmentInfo | None:
@@ -157,7 +174,7 @@ def _check_own_record(capture: Capture, store: ObjectStore) -> SegmentInfo | Non
     listing = list_segments(store, 0, after_txid=known - 1 if known else None)
     # Some servers keep an empty object where a client died after the headers of its upload; the
     # upload that comes next under its name replaces it.
-    newer = [info for info in listing if info.size_bytes]
+    newer = _without_outlived(store, [info for info in listing if info.size_bytes])
     if known and not newer:
         left = replica_head(store)
         txid = left.max_txid if left else 0
@@ -190,6 +207,17 @@ def _check_own_record(capture: Capture, store: ObjectStore) -> SegmentInfo | Non
     return None
 
 
+def _without_outlived(store: ObjectStore, newer: list[SegmentInfo]) -> list[SegmentInfo]:
+    """Remove what a former writer sent after it had been taken over from."""
+    if len(newer) < 2:
+        return newer
+    late = outlived(look_at_tail(store, newer))
+    if late:
+        log.warning("%s: removing what was sent too late: %s", store.url, ", ".join(late))
+        store.delete(late)
+    return [segment for segment in newer if segment.key not in late]
+
+
 def _without_dead_uploads(
     store: ObjectStore, newer: list[SegmentInfo], known: int
 ) -> list[SegmentInfo]:
@@ -214,7 +242,7 @@ def _without_dead_uploads(
 def _is_recorded(store: ObjectStore, info: SegmentInfo, state: State) -> bool:
     """Whether the object under our last TXID is the one we put there."""
     if not state.sha256:
-        return True  # taken over or restored: its bytes were never ours
+        return True  # taken over: its bytes were never ours
     return has_sha256(store, store.head(info.key), state.sha256)
 
 

@@ -800,7 +800,9 @@ class _Restored:
                 admitted=before.admitted,
                 adopt=before.adopt,
                 txid=result.txid,
+                sha256=result.source.newest_sha256,
                 acked_txid=result.txid,
+                restored_txid=result.txid,
                 commit=result.commit,
                 page_size=result.page_size,
                 resync="somebody wrote to the database as soon as it was restored"

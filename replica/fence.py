@@ -20,7 +20,8 @@ the lease over waits until the youngest sign of life is older than the whole lea
 own clock, looks again after the swap, and only then decides where the history ends.  So a writer
 that slept finds its proofs too old, and its renewal fails: what it sent meanwhile was never
 acknowledged, and the new writer, which sees an older generation on it, may put its own in its
-place.
+place.  Nor does it send anything on a proof older than the lease; what was on its way already when
+it fell asleep is recognised by that generation, also by whoever restores.
 
 The state directory that took a lease takes it again at once, for instance after SIGKILL: the record
 lock on it tells that nobody else uses it.  So does anybody who can see that the process which held
@@ -231,9 +232,13 @@ class Fence:
 
     @property
     def epoch(self) -> int:
-        """Generation of the lease held; 0 without one."""
+        """In which generation this state directory became the writer; 0 if it is not.
+
+        The mark of what it sends.  Along the TXIDs of what was ever acknowledged it never goes
+        down; an object whose mark is lower than that of one before it was sent too late.
+        """
         lease = self._lease
-        return lease.generation if lease is not None else 0
+        return lease.since if lease is not None else 0
 
     def holds(self) -> bool:
         """Whether a segment may be acknowledged now."""
@@ -450,9 +455,25 @@ class Fence:
         if not self._works:
             return
         with self._lock:
-            for _ in range(_RACES):
-                if self._renew():
-                    return
+            self._renew_in_turn()
+
+    def ensure(self) -> None:
+        """Renew if the lease may have run out: before anything is sent, for it could land behind
+        what another writer has put there by now.
+
+        Raises:
+            FencedError, StoreError: as `renew`.
+        """
+        if not self._works or self._age() < self._lease_s:
+            return
+        with self._lock:
+            if self._age() >= self._lease_s:
+                self._renew_in_turn()
+
+    def _renew_in_turn(self) -> None:
+        for _ in range(_RACES):
+            if self._renew():
+                return
         raise StoreError(f"the lease on {self._store.url} changes all the time", retryable=True)
 
     def _renew(self) -> bool:

@@ -17,9 +17,9 @@ import logging
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -38,6 +38,7 @@ from walship.replica.errors import (
 from walship.replica.format.types import LEVEL_MAX, LEVEL_SNAPSHOT, format_txid
 from walship.replica.plan import Plan, plan
 from walship.replica.store.base import (
+    EPOCH_METADATA,
     IN_FLIGHT_MAX,
     SHA256_METADATA,
     ObjectInfo,
@@ -55,6 +56,8 @@ __all__ = [
     "Source",
     "find_source",
     "list_replica",
+    "look_at_tail",
+    "outlived",
     "restore",
     "unacknowledged",
 ]
@@ -84,10 +87,18 @@ class Source:
     Attributes:
         plan: segments of the current layout.
         v03: objects of the layout of Litestream 0.3.
+        tail: the last objects of level 0 by their keys, as they were before anything was read.
     """
 
     plan: Plan | None
     v03: V03Plan | None
+    tail: Mapping[str, ObjectInfo] = field(default_factory=dict)
+
+    @property
+    def newest_sha256(self) -> str:
+        """Digest (hex) of the segment that reaches furthest; empty if nobody knows."""
+        newest = self.tail.get(self.plan.segments[-1].key) if self.plan is not None else None
+        return newest.metadata.get(SHA256_METADATA, "") if newest is not None else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,6 +237,11 @@ def find_source(
         segments = _list_all(store, pool)
         old = plan_v03(old_listing.result(), before_ms=timestamp_ms) if old_listing else None
     segments = _without_empty_uploads(store, segments)
+    tail = look_at_tail(store, segments)
+    late = outlived(tail)
+    if late:
+        _log.warning("left out, for their writer had been taken over from: %s", ", ".join(late))
+        segments = [segment for segment in segments if segment.key not in late]
     if timestamp_ms is not None:
         segments = _with_metadata_times(store, segments)
     if old is not None and _old_is_newer(old, segments, timestamp_ms):
@@ -234,9 +250,9 @@ def find_source(
         raise NoBackupError(f"there is no backup at {store.url}")
     try:
         try:
-            return Source(plan(segments, txid=txid, before_ms=timestamp_ms), None)
+            return Source(plan(segments, txid=txid, before_ms=timestamp_ms), None, tail)
         except GapError as gap:
-            return Source(_plan_to_gap(store, segments, gap), None)
+            return Source(_plan_to_gap(store, segments, gap), None, tail)
     except NoBackupError:
         if old is not None:
             return Source(None, old)
@@ -303,6 +319,51 @@ def unacknowledged(
     if any(SHA256_METADATA not in store.head(segment.key).metadata for segment in behind):
         return None
     return behind
+
+
+def look_at_tail(store: ObjectStore, segments: Sequence[SegmentInfo]) -> dict[str, ObjectInfo]:
+    """The last objects of level 0 with their metadata, by key, in the order of their TXIDs.
+
+    Only of those may any still change: segments that were never acknowledged.  Empty where the
+    store keeps no metadata.
+
+    Args:
+        segments: a listing, sorted.
+    """
+    if store.logical_times:
+        return {}
+    keys = [s.key for s in segments if s.level == 0 and s.size_bytes][-IN_FLIGHT_MAX:]
+
+    def look(key: str) -> ObjectInfo | None:
+        try:
+            return store.head(key)
+        except ObjectNotFound:
+            return None  # removed since the listing
+
+    with ThreadPoolExecutor(IN_FLIGHT_MAX) as pool:
+        found = zip(keys, pool.map(look, keys), strict=True)
+        return {key: info for key, info in found if info is not None}
+
+
+def outlived(tail: Mapping[str, ObjectInfo]) -> list[str]:
+    """Keys of segments that a writer sent after another one had taken over from it.
+
+    They carry the mark of an earlier generation than a segment before them.  They were never
+    acknowledged; the writer that took over replaces them when it gets there.
+
+    Args:
+        tail: from `look_at_tail`.
+    """
+    late: list[str] = []
+    newest = 0
+    for key, info in tail.items():
+        mark = info.metadata.get(EPOCH_METADATA, "")
+        if not mark.isdigit():
+            continue
+        if int(mark) < newest:
+            late.append(key)
+        newest = max(newest, int(mark))
+    return late
 
 
 def list_replica(

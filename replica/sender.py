@@ -127,14 +127,16 @@ class Sender:
                 f"the spool holds other bytes than were sealed as {sealed.txid:016x}"
             )
         key = segment_key(self._store, 0, sealed.txid, sealed.txid)
+        self._fence.ensure()
         try:
             return self._put(key, body, sealed)
         except PreconditionFailed as error:
             found = self._find(key)
-            if found is not None and same_bytes(self._store, found, sealed):
-                return None
+            # Before the bytes are compared: our own must not keep an earlier writer's mark.
             if found is not None and self._is_void(found):
                 return self._put(key, body, sealed, instead_of=found)
+            if found is not None and same_bytes(self._store, found, sealed):
+                return None
             raise self._fenced(sealed.txid) from error
 
     def check_still_ours(self, sealed: Sealed) -> None:

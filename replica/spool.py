@@ -164,6 +164,7 @@ class State:
         txid: highest TXID frozen here or found in the replica as ours; 0 for none.
         sha256: of the segment with that TXID, hex; empty if it is not known.
         acked_txid: highest TXID known to be in the replica.
+        restored_txid: the one that a restore has made the main file from; 0 without.
         position: up to where the WAL is sealed; None: only a full copy can come next.
         previous: where the WAL was drained when the last gate let it go, until the new one shows.
         commit: size of the database in pages at the position; 0 if unknown.
@@ -195,6 +196,7 @@ class State:
     txid: int = 0
     sha256: str = ""
     acked_txid: int = 0
+    restored_txid: int = 0
     position: WalPosition | None = None
     previous: WalPosition | None = None
     commit: int = 0
@@ -250,6 +252,7 @@ def _scalars(state: State) -> dict[str, Any]:
         "txid": state.txid,
         "sha256": state.sha256,
         "acked_txid": state.acked_txid,
+        "restored_txid": state.restored_txid,
         "position": state.position and state.position.to_json(),
         "previous": state.previous and state.previous.to_json(),
         "commit": state.commit,
@@ -279,6 +282,7 @@ def _with_scalars(state: State, meta: dict[str, Any]) -> State:
         txid=meta["txid"],
         sha256=meta["sha256"],
         acked_txid=meta["acked_txid"],
+        restored_txid=meta.get("restored_txid", 0),
         position=WalPosition.from_json(position) if position else None,
         previous=WalPosition.from_json(previous) if previous else None,
         commit=meta["commit"],

@@ -32,7 +32,8 @@ __all__ = [
 #: Object metadata of a segment that walship wrote: sha256 of its content, hex.  Proof that an
 #: object is ours although the answer to its PUT was lost, and that walship wrote it at all.
 SHA256_METADATA: Final = "walship-sha256"
-#: Object metadata of a segment: generation of the lease that it was sent under (`replica.fence`).
+#: Object metadata of a segment: the generation of the lease in which its writer became the writer
+#: (`replica.fence`).
 EPOCH_METADATA: Final = "walship-epoch"
 #: Uploads that may be under way at once, with a margin for later versions.  A writer that dies
 #: with one lost in the middle leaves a gap of less than this below the newest.
