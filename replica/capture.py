@@ -202,9 +202,10 @@ class Capture:
                 if not state.wal_gone:
                     self._spool.record(replace(state, wal_gone=True), durable=False)
                 return None
-            # Whoever checkpointed the WAL wrote to the main file after our last record.
+            # Whoever checkpointed the WAL wrote to the main file after our last record; times that
+            # are equal are those of one tick of the kernel's clock.
             main = self._fingerprint()
-            written = main is not None and main.mtime_ns > self._spool.found_mtime_ns
+            written = main is not None and main.mtime_ns >= self._spool.found_mtime_ns
             suspect = state.position is not None and state.position.frame > 0 and not written
             return "the database file was changed while walship was away", suspect
         for candidate in (state.position, state.previous):

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from .store.local import fsync_directory, sync_data
+from .store.local import fsync_directory, make_directories, sync_data
 
 __all__ = ["OS_FILES", "Files", "write_all"]
 
@@ -97,8 +97,11 @@ class Files:
         return sorted(os.listdir(directory))
 
     def make_directory(self, path: StrPath) -> None:
-        """Make a directory and its missing parents, for the owner only; an existing one is fine."""
-        os.makedirs(path, mode=0o700, exist_ok=True)
+        """Make a directory and its missing parents, for the owner only; an existing one is fine.
+
+        What was made survives a power cut.
+        """
+        make_directories(Path(path))
 
     def lock(self, fd: int, byte: int, *, shared: bool = False) -> bool:
         """Take a record lock on one byte of an open file, or change its kind; never waits.
