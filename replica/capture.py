@@ -65,6 +65,8 @@ _SOLO_BYTES: Final = 1024 * 1024
 #: So many bytes of WAL frames are sealed and sent at once, whatever the sync interval says: better
 #: in the uploader's thread, beside the checkpoint that such a commit starts, than at the gate.
 _MUCH_BYTES: Final = 4 * 1024 * 1024
+#: Looks at a WAL that cannot be judged, a millisecond apart, before a wait does not mind it.
+_UNSETTLED_LOOKS: Final = 100
 _PAST_THE_GATE: Final = "a writer outside walship removed or restarted the WAL"
 #: Segments that are fetched from the replica for the page map in passing; a resync fetches all.
 _FETCH_IN_PASSING: Final = 4
@@ -130,6 +132,8 @@ class Capture:
         self._known_end: tuple[WalSalts, int] | None = None
         # The generation that this process let through the gate last, while its WAL is there.
         self._let_in: WalSalts | None = None
+        # Salts of a WAL whose frames could not be judged, and how often they were looked at.
+        self._unsettled: tuple[WalSalts, int] = (WalSalts(0, 0), 0)
         # The generation whose gate could not seal in this process, so that SQLite did not pass.
         self._refused: WalSalts | None = None
         #: Whether page 1 says WAL mode, as the VFS saw it last; before that nothing may be read,
@@ -138,7 +142,8 @@ class Capture:
         # Why history is not continuous, if even that could not be recorded (disk full): the next
         # start then finds a WAL that the record does not name.
         self._unrecorded: str | None = None
-        #: The last `take` was cut at the limit of one segment: there is more to take at once.
+        #: The last `take` did not take all: it was cut at the limit of one segment, or a gate is
+        #: about to seal the rest.
         self.more = False
 
     @property
@@ -1016,6 +1021,7 @@ class Capture:
             return None  # a gate was passed, and what it lets happen is not visible yet
         published = self._port.published()
         if published is None:
+            self.more = self._is_unsettled(position, header)
             return None
         if published.mx_frame == 0 and (position.frame or self._refused == header.salts):
             # SQLite has reset the wal-index, and the gate was refused or is not reached yet: all is
@@ -1025,6 +1031,11 @@ class Capture:
                 return None
             return batch, header.page_size
         if published.mx_frame <= position.frame:
+            # SQLite resets the wal-index before it comes to the gate, which seals what is left.
+            salts, end = self._known_end or (header.salts, 0)
+            self.more = salts == header.salts and end > position.frame
+            if not published.mx_frame:
+                self.more = self.more or self._is_unsettled(position, header)
             return None
         last = published.mx_frame
         if limit and self._max_sync_wal_bytes:
@@ -1037,6 +1048,19 @@ class Capture:
             self._spool.record(replace(state, page_size=header.page_size), durable=False)
         self._add_unwritten(batch, state.commit, header.page_size)
         return batch, header.page_size
+
+    def _is_unsettled(self, position: WalPosition, header: WalHeader) -> bool:
+        """Whether there are frames of which nobody can say at this moment if they are committed.
+
+        Another process may have reset the wal-index and be on its way to the gate.  But they may
+        also be what a transaction left behind that was rolled back, so this ends.
+        """
+        frame = self._wal.frame(position.frame + 1, header.page_size)
+        if frame is None or frame.salts != header.salts:
+            return False
+        salts, looks = self._unsettled
+        self._unsettled = (header.salts, looks + 1 if salts == header.salts else 1)
+        return self._unsettled[1] <= _UNSETTLED_LOOKS
 
     def _cut(self, position: WalPosition, last: int, page_size: int) -> int:
         """The first commit at or behind the limit of one segment."""

@@ -58,6 +58,8 @@ BACKOFF_LONGEST_S: Final = 30.0
 BACKOFF_REFUSED_S: Final = 10.0
 #: Pause before a full copy is tried again that writers were in the way of, seconds.
 _COPY_RETRY_S: Final = 0.01
+#: Pause before a WAL is looked at again that is about to come to the gate, seconds.
+_GATE_RETRY_S: Final = 0.001
 #: How long closing waits for the scheduling thread, seconds.
 _JOIN_S: Final = 0.5
 #: Pieces are merged while they cannot be sent, once there are more than this many.
@@ -478,6 +480,9 @@ class Uploader:
             if now - self._dirty_since > 1.0:
                 self._progress.last_error = "an open write transaction holds up the full copy"
             return _COPY_RETRY_S
+        elif self._capture.full_copy_reason is None and self._capture.more:
+            self._dirty_since = since if since is not None else now
+            return _GATE_RETRY_S
         self._covered_ticket = ticket
         self._waits.cover(ticket, self._capture.state.txid)
         self._waits.acknowledge(self._acked_txid)

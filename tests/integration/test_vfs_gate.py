@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import walship
-from support.databases import Database, Stores, dump
+from support.databases import WAIT_S, Database, Stores, dump
 from walship.replica.capture import Capture
 from walship.replica.spool import Spool
 from walship.replica.sqlite import SpoolError
@@ -333,3 +333,51 @@ def test_an_unreliable_store(
     faults = stores.last.faults
     assert faults["before"] + faults["after"] > 3
     database.assert_replica_equals_file()
+
+
+def test_a_full_spool_is_sent_although_there_is_more(
+    tmp_path: Path, stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces that fill the spool are sent; what came after them follows, and all is there."""
+    _retry_at_once(monkeypatch)
+    database = Database(tmp_path, max_spool_bytes=3_000, sync_interval=3600.0)
+    with database.opened() as connection:
+        connection.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, b BLOB)")
+        database.sync()
+        connection.execute("INSERT INTO t VALUES (1, randomblob(9000))")
+        connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
+        connection.execute("INSERT INTO t VALUES (2, randomblob(9000))")
+        assert database.engine().status().pending_bytes > 3_000
+        database.sync()
+    database.assert_replica_equals_file()
+
+
+def test_a_sync_beside_a_gate_waits_for_what_it_seals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between SQLite's reset of the wal-index and the gate a sync does not take that for "done"."""
+    database = Database(tmp_path, sync_interval=3600.0)
+    at_the_gate, may_pass = threading.Event(), threading.Event()
+    gate_discard = Capture.gate_discard
+
+    def held(*args: object) -> None:
+        at_the_gate.set()
+        assert may_pass.wait(WAIT_S)
+        gate_discard(*args)  # type: ignore[arg-type]
+
+    with database.opened() as connection:
+        connection.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, b BLOB)")
+        connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
+        connection.execute("INSERT INTO t VALUES (1, NULL)")
+        database.sync()
+        connection.execute("INSERT INTO t VALUES (2, NULL)")
+        monkeypatch.setattr(Capture, "gate_discard", held)
+        truncate = "PRAGMA wal_checkpoint(TRUNCATE)"
+        other = threading.Thread(target=lambda: connection.execute(truncate).fetchall())
+        other.start()
+        assert at_the_gate.wait(WAIT_S)
+        with pytest.raises(walship.NotYetReplicated):
+            walship.replication(database.path).sync(0.3)
+        may_pass.set()
+        other.join()
+        database.assert_replica_equals_now()

@@ -231,6 +231,57 @@ def test_a_foreign_writer_changes_the_hottest_pages(tmp_path: Path) -> None:
     assert ("t", 1, 1, 77) in dump(database.restore())
 
 
+# -- a foreign writer while the database is open --------------------------------------------------
+
+
+def _foreign_beside(path: Path, statement: str) -> None:
+    """Run a statement in another program, which dies without closing the database."""
+    _foreign(path, f"db.execute({statement!r}).fetchall(); os._exit(0)")
+
+
+def test_a_foreign_writer_begins_a_wal(case: Case) -> None:
+    """Commits in a WAL that another program began are shipped, and ours behind them."""
+    with case.database.opened() as connection:
+        connection.execute("CREATE TABLE f (x)")
+        case.database.sync()
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        _foreign_beside(case.database.path, "INSERT INTO f VALUES (1)")
+        case.database.assert_replica_equals_now()
+        connection.execute("INSERT INTO f VALUES (2)")
+        case.database.assert_replica_equals_now()
+    case.go_on()
+    case.assert_incremental()
+
+
+def test_a_foreign_writer_begins_a_wal_and_empties_it(case: Case) -> None:
+    """What another program committed and checkpointed meanwhile is shipped."""
+    with case.database.opened() as connection:
+        connection.execute("CREATE TABLE f (x)")
+        case.database.sync()
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        _foreign_beside(case.database.path, "INSERT INTO f VALUES (1)")
+        _foreign_beside(case.database.path, "PRAGMA wal_checkpoint(TRUNCATE)")
+        case.database.assert_replica_equals_now()
+        connection.execute("INSERT INTO f VALUES (2)")
+    case.go_on()
+
+
+@pytest.mark.parametrize("syncs", [True, False])
+def test_a_foreign_checkpoint_takes_what_was_not_sealed(case: Case, syncs: bool) -> None:
+    """Frames that another program truncated before they were sealed are not missed."""
+    with case.database.opened(sync_interval=3600.0) as connection:
+        connection.execute("CREATE TABLE f (x)")
+        case.database.sync()
+        connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
+        connection.execute("INSERT INTO f VALUES (1)")
+        _foreign_beside(case.database.path, "PRAGMA wal_checkpoint(TRUNCATE)")
+        if syncs:
+            case.database.assert_replica_equals_now()
+        connection.execute("INSERT INTO f VALUES (2)")
+        case.database.assert_replica_equals_now()
+    case.go_on()
+
+
 # -- lost or old files ----------------------------------------------------------------------------
 
 
