@@ -47,7 +47,7 @@ LIVES: dict[str, Script] = {
         "commit ghosts checkpoint:RESTART commit sync close"
     ),
     "outage": Script(
-        steps="commit:2 sync away commit:2 checkpoint:TRUNCATE commit vain commit "
+        steps="commit:2 sync away commit:2 checkpoint:TRUNCATE commit attempt commit "
         "checkpoint:RESTART commit:3 checkpoint:RESTART commit reopen commit checkpoint:TRUNCATE "
         "back commit sync commit lose:2 sync commit close",
         settings={"shutdown_sync_timeout": "0.05s", "open_timeout": "0.05s"},
@@ -132,6 +132,50 @@ def test_after_any_operation(
     replay.run(recording, seed=seed, deep=DEEP)
 
 
+def _random_life(seed: int) -> Script:
+    """Any of the steps in any order that makes sense."""
+    rng = random.Random(f"{seed}/life")
+    steps = ["commit:2", "sync"]
+    away = held = False
+    for _ in range(24):
+        choices = ["commit", "commit", "commit:3", "checkpoint:PASSIVE", "ghosts", "ghosts commit"]
+        choices += ["attempt", "back", "back"] if away else ["sync", "away", "spill", "durable"]
+        choices += ["lose:1 commit sync"] if not away else []
+        if held:
+            choices += ["release", "release"]
+        else:
+            choices += ["hold", "reopen", "vacuum", "other:PASSIVE"]
+            choices += [f"checkpoint:{mode}" for mode in ("FULL", "RESTART", "TRUNCATE")] * 2
+            choices += [rng.choice(("other:RESTART", "other:TRUNCATE"))]
+        step = rng.choice(choices)
+        away = step == "away" or (away and step != "back")
+        held = step == "hold" or (held and step != "release")
+        steps.append(step)
+    steps += ["release"] * held + ["back"] * away + ["commit", "sync", "close"]
+    settings = {
+        "shutdown_sync_timeout": "0.05s",
+        "open_timeout": "0.05s",
+        "max_sync_wal_bytes": rng.choice(("8KB", "64MB")),
+        "max_spool_bytes": rng.choice((0, 0, "3KB")),
+    }
+    return Script(
+        steps=" ".join(steps),
+        directory="away" not in steps and not any("lose" in step for step in steps),
+        settings=settings,
+        sealed_inline_bytes=rng.choice((2_000, 256 * 1024)),
+        journal_rewrite_bytes=rng.choice((4_000, 64 * 1024)),
+    )
+
+
+@both
+@seeds
+@deep_limit
+def test_in_a_random_life(synchronous: str, seed: int, scratch: Path, replay: Replay) -> None:
+    """The same for steps in a random order."""
+    recording = record(_vary(_random_life(seed), synchronous, seed), scratch)
+    replay.run(recording, seed=seed, deep=DEEP)
+
+
 @both
 @seeds
 @deep_limit
@@ -176,8 +220,8 @@ def _lose_the_tail(script: Script, scratch: Path) -> tuple[Image, dict[str, Obje
     ("before", "n", "synced"),
     [
         ("commit:2 sync checkpoint:TRUNCATE commit:4 sync", 6, 6),
-        ("commit:2 sync checkpoint:TRUNCATE commit:2 sync away commit:3 vain", 7, 4),
-        ("commit:2 sync away commit vain commit checkpoint:RESTART commit:2 watch leave", 6, 2),
+        ("commit:2 sync checkpoint:TRUNCATE commit:2 sync away commit:3 attempt", 7, 4),
+        ("commit:2 sync away commit attempt commit checkpoint:RESTART commit:2 watch leave", 6, 2),
     ],
     ids=["in the replica", "in a segment of the spool", "in pieces of the spool"],
 )
