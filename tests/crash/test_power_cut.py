@@ -81,6 +81,9 @@ LIVES: dict[str, Script] = {
         "commit checkpoint:TRUNCATE commit sync close",
         directory=True,
     ),
+    "state elsewhere": Script(
+        steps="commit:2 sync commit checkpoint:RESTART commit sync close", elsewhere=True
+    ),
 }
 #: What follows on a beginning that was made first.
 GOES_ON = "commit sync commit checkpoint:TRUNCATE commit reopen commit sync close"

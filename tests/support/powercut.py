@@ -36,7 +36,6 @@ from support.memory import MemoryStore, Object
 from support.recorder import (
     DATABASE,
     REPLICA,
-    URL,
     Event,
     Landed,
     Mark,
@@ -392,11 +391,7 @@ def _engine_on(script: Script, identities: Identities, store: MemoryStore) -> It
 def _go_on(script: Script, history: History, root: Path, least: int, most: int) -> None:
     """Open what the power cut left, look, commit, sync, close."""
     path = root / DATABASE
-    replica = {
-        "url": str(root / REPLICA) if script.directory else URL,
-        "sync-interval": "1h",
-    }
-    connection = walship.connect(path, replica, **script.settings)
+    connection = walship.connect(path, **script.keywords(root))
     try:
         connection.execute(f"PRAGMA synchronous = {script.synchronous}")
         n = history.length(connection)

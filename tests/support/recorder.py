@@ -106,6 +106,7 @@ class Script:
         steps: words, see `_Child`.
         synchronous: SQLite's setting, FULL or NORMAL.
         directory: replicate to a directory on the same disk rather than to the store in memory.
+        elsewhere: keep the state in a directory of its own rather than beside the database.
         seed: of the history.
         settings: keywords of ``walship.connect``.
         sealed_inline_bytes, journal_growth_bytes, journal_rewrite_bytes: limits of the spool, small
@@ -116,12 +117,21 @@ class Script:
     steps: str
     synchronous: str = "FULL"
     directory: bool = False
+    elsewhere: bool = False
     seed: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
     sealed_inline_bytes: int = 2_000
     journal_growth_bytes: int = 16_384
     journal_rewrite_bytes: int = 4_000
     mutant: str | None = None
+
+    def keywords(self, root: Path) -> dict[str, Any]:
+        """Of ``walship.connect``, for the database below ``root``."""
+        replica = str(root / REPLICA) if self.directory else URL
+        given = {"replica": {"url": replica, "sync-interval": "1h"}, **self.settings}
+        if self.elsewhere:
+            given["meta_path"] = str(root / "elsewhere" / "state")
+        return given
 
     def history(self) -> History:
         """The transactions that it commits."""
@@ -604,8 +614,8 @@ class _Child:
         self.script = script
         self.recorder = recorder
         self.store = store
+        self.root = disk
         self.path = disk / DATABASE
-        self.replica = str(disk / REPLICA) if script.directory else URL
         self.history = script.history()
         self.reader: Any = None
         self.cache_size = -2000
@@ -620,9 +630,8 @@ class _Child:
             getattr(self, word)(*([argument] if argument else []))
 
     def connect(self, **more: Any) -> Any:
-        replica = {"url": self.replica, "sync-interval": "1h"}
-        settings = {"min_checkpoint_page_count": 1_000_000, **self.script.settings, **more}
-        connection = walship.connect(self.path, replica, **settings)
+        settings = {"min_checkpoint_page_count": 1_000_000, **self.script.keywords(self.root)}
+        connection = walship.connect(self.path, **{**settings, **more})
         connection.execute(f"PRAGMA synchronous = {self.script.synchronous}")
         connection.execute(f"PRAGMA cache_size = {self.cache_size}")
         return connection
