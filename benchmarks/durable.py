@@ -77,7 +77,7 @@ def _rows(writers: int, processes: int, results: list[dict[str, Any]], put_ms: f
         Row("durable", f"commits a PUT, {who}", {WALSHIP: sample(results, "shared")}),
         Row(
             "durable",
-            f"CPU of the processes, us a commit, {who}",
+            f"CPU, us a commit, {who}",
             {WALSHIP: sample(results, "cpu_us")},
         ),
     ]

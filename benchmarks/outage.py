@@ -18,7 +18,6 @@ from harness import (
     LITESTREAM,
     PLAIN,
     WALSHIP,
-    BenchmarkError,
     Litestream,
     Place,
     Row,
@@ -31,12 +30,10 @@ from harness import (
     sample,
     settle,
 )
-from lag import highest_mark
+from lag import wait_for
 from proxy import Proxy, proxy
 
 RATE = 50
-#: How long Litestream may take to deliver everything.
-_PATIENCE_S = 300.0
 
 
 def run(setting: Setting) -> list[Row]:
@@ -117,7 +114,8 @@ def _catch_up(place: Place, way: Proxy, worker: Worker, name: str) -> dict[str, 
         worker.go()
         ended = worker.wait_ready()["caught_up"]
     else:
-        ended = _wait_for_last(place)
+        arrivals = wait_for(place, way, "db", 1)
+        ended = next(at for at, highest in arrivals if highest >= 1)
         worker.go()
         worker.wait_ready()
     requests = [request for request in way.requests() if began < request.t1 <= ended]
@@ -132,23 +130,6 @@ def _catch_up(place: Place, way: Proxy, worker: Worker, name: str) -> dict[str, 
         "objects": len(fresh),
         "sent_mb": sum(fresh.values()) / 1e6,
     }
-
-
-def _wait_for_last(place: Place) -> float:
-    """Wait until the newest segment holds the last commit; when that was seen."""
-    limit = time.monotonic() + _PATIENCE_S
-    seen = ""
-    with contextlib.closing(place.endpoint.client()) as client:
-        while time.monotonic() < limit:
-            now = time.monotonic()
-            newest = max(place.endpoint.keys(place.bucket, "db/0000/"))
-            if newest != seen:
-                seen = newest
-                body = client.get_object(Bucket=place.bucket, Key=newest)["Body"].read()
-                if highest_mark(body) >= 1:
-                    return now
-            time.sleep(0.05)
-    raise BenchmarkError(f"not everything was in the store {_PATIENCE_S:g} s after the outage")
 
 
 class _Sizes:
