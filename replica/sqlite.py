@@ -119,14 +119,19 @@ def require_sqlite() -> None:
 
 
 def connections_to(path: str) -> int:
-    """How many open connections of this library (any VFS) have ``path`` as a database."""
+    """How many open connections of this library (any VFS) may have ``path`` as a database.
+
+    A connection that another thread is using cannot be asked, and counts.
+    """
     count = 0
     for connection in apsw.connections():
         try:
             names = connection.db_names()
             count += sum(1 for name in names if connection.db_filename(name) == path)
+        except apsw.ThreadingViolationError:
+            count += 1
         except apsw.Error:
-            continue  # closed meanwhile, or in use by another thread's destructor
+            continue  # closed meanwhile
     return count
 
 
