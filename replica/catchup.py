@@ -17,9 +17,9 @@ from typing import Final
 
 from .errors import FormatError
 from .format.ltx import Decoder, Source
+from .listing import Live, list_replica, live_segments
 from .plan import plan_from
-from .restore import list_replica, look_at_tail, outlived
-from .store.base import SHA256_METADATA, ObjectStore, SegmentInfo, list_segments
+from .store.base import ObjectStore, SegmentInfo, list_segments
 from .store.local import fsync_file
 
 __all__ = ["CaughtUp", "catch_up"]
@@ -49,7 +49,9 @@ class CaughtUp:
     n_segments: int
 
 
-def catch_up(store: ObjectStore, path: Path, txid: int, begin: Callable[[], None]) -> CaughtUp:
+def catch_up(
+    store: ObjectStore, path: Path, txid: int, begin: Callable[[], None]
+) -> CaughtUp | None:
     """Apply to a file everything the replica has behind a TXID; durable when this returns.
 
     Args:
@@ -58,17 +60,23 @@ def catch_up(store: ObjectStore, path: Path, txid: int, begin: Callable[[], None
             nobody has it open.
         begin: called before the file is changed.
 
+    Returns:
+        None if the newest state cannot be reached from there: what leads to it was compacted into
+        snapshots.  The file was not changed then.
+
     Raises:
         FormatError: a segment is damaged; the file may be changed in part.
         StoreError: from the store; the file may be changed in part.
         OSError: the file could not be written.
     """
-    listing = list(list_segments(store, 0, after_txid=txid - 1))
-    if not any(segment.min_txid == txid + 1 for segment in listing):
-        listing = list_replica(store)
-    tail = look_at_tail(store, listing)
-    late = outlived(tail)
-    segments = plan_from((s for s in listing if s.key not in late and s.size_bytes), txid)
+    # From its own segment on, on which the next one has to rest.
+    live = live_segments(store, list(list_segments(store, 0, after_txid=txid - 1)), covered=txid)
+    segments = _plan(live, txid)
+    if segments is None:
+        live = live_segments(store, list_replica(store))
+        segments = _plan(live, txid)
+    if segments is None:
+        return None
     if not segments:
         return CaughtUp(txid, "", 0, 0, 0)
     begin()
@@ -81,9 +89,17 @@ def catch_up(store: ObjectStore, path: Path, txid: int, begin: Callable[[], None
         fsync_file(fd)
     finally:
         os.close(fd)
-    newest = tail.get(segments[-1].key)
-    sha256 = newest.metadata.get(SHA256_METADATA, "") if newest is not None else ""
-    return CaughtUp(segments[-1].max_txid, sha256, page_size, commit, len(segments))
+    return CaughtUp(
+        segments[-1].max_txid, live.sha256(segments[-1]), page_size, commit, len(segments)
+    )
+
+
+def _plan(live: Live, txid: int) -> list[SegmentInfo] | None:
+    """What leads from a TXID to the newest in a listing; None if that cannot be reached."""
+    segments = plan_from(live.segments, txid)
+    reached = segments[-1].max_txid if segments else txid
+    newest = max((segment.max_txid for segment in live.segments), default=0)
+    return segments if reached >= newest else None
 
 
 def _fetched(

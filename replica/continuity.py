@@ -34,14 +34,15 @@ from .catchup import CaughtUp, catch_up
 from .clock import Clock
 from .errors import ContinuityError, FormatError, ObjectNotFound, RestoreError
 from .format.ltx import HEADER_SIZE, Header, decode
-from .format.types import LEVEL_MAX, format_segment_name, format_txid
+from .format.types import format_segment_name, format_txid
+from .listing import list_replica, live_segments, replica_head
 from .pagemap import History
-from .restore import look_at_tail, outlived, restore, unacknowledged
+from .restore import restore
 from .sender import has_sha256, same_bytes
 from .spool import State, new_lineage
 from .store.base import ObjectStore, SegmentInfo, list_segments, segment_key
 
-__all__ = ["CATCHING_UP", "reconcile", "replica_head"]
+__all__ = ["CATCHING_UP", "reconcile"]
 
 log = logging.getLogger("walship.continuity")
 
@@ -50,22 +51,6 @@ CATCHING_UP: Final = "the database was being brought up to date with its replica
 #: Attempts at a view of the whole database beside busy writers, and the pause between them.
 _VIEW_ATTEMPTS: Final = 200
 _VIEW_PAUSE_S: Final = 0.01
-
-
-def replica_head(store: ObjectStore, *, after_txid: int | None = None) -> SegmentInfo | None:
-    """The segment that reaches furthest; level 0 is asked first, as its newest is never deleted.
-
-    Args:
-        after_txid: pass over names up to this one (saves listing a long level 0).
-    """
-    head: SegmentInfo | None = None
-    for level in range(LEVEL_MAX + 1):
-        for info in list_segments(store, level, after_txid=after_txid if level == 0 else None):
-            if info.size_bytes and (head is None or info.max_txid > head.max_txid):
-                head = info
-        if level == 0 and head is not None:
-            return head
-    return head
 
 
 def reconcile(
@@ -141,7 +126,7 @@ def _catch_up(capture: Capture, store: ObjectStore, clock: Clock) -> None:
         result = restore(store, path, clock=clock, overwrite=True)
         caught_up = CaughtUp(
             result.txid or 0,
-            result.source.newest_sha256,
+            result.source.sha256,
             result.page_size,
             result.commit,
             result.n_segments,
@@ -156,14 +141,14 @@ def _catch_up(capture: Capture, store: ObjectStore, clock: Clock) -> None:
 
 
 def _was_replaced(store: ObjectStore, state: State) -> bool:
-    """Whether the newest segment that was restored is another one now: it was a former writer's,
-    sent too late and never acknowledged."""
+    """Whether the newest segment that was restored is another one now: Litestream does not ask
+    before it puts one in its place."""
     if not state.sha256:
         return False
     try:
         info = store.head(segment_key(store, 0, state.txid, state.txid))
     except ObjectNotFound:
-        return False  # compacted, as only acknowledged ones are
+        return False  # compacted
     return not has_sha256(store, info, state.sha256)
 
 
@@ -174,7 +159,7 @@ def _check_own_record(capture: Capture, store: ObjectStore) -> SegmentInfo | Non
     listing = list_segments(store, 0, after_txid=known - 1 if known else None)
     # Some servers keep an empty object where a client died after the headers of its upload; the
     # upload that comes next under its name replaces it.
-    newer = _without_outlived(store, [info for info in listing if info.size_bytes])
+    newer = [info for info in listing if info.size_bytes]
     if known and not newer:
         left = replica_head(store)
         txid = left.max_txid if left else 0
@@ -188,55 +173,31 @@ def _check_own_record(capture: Capture, store: ObjectStore) -> SegmentInfo | Non
             _check_page_size(capture, store, left.key)
         _start(capture, store, txid, "the replica has lost objects")
         return None
-    if not state.segments:
-        newer = _without_dead_uploads(store, newer, known)
+    if all(info.max_txid == known for info in newer):
+        if newer and known == state.txid and not _is_recorded(store, newer[0], state):
+            return newer[0]
+        return None
+    live = live_segments(store, [info for info in list_replica(store) if info.size_bytes]).segments
+    newest = max(live, key=lambda info: (info.max_txid, -info.level), default=newer[-1])
     ours = {sealed.txid: sealed for sealed in state.segments}
     acked = known
-    for info in newer:
+    for info in live:
+        if info.level or info.max_txid < known:
+            continue
         if info.max_txid == known:
             if known == state.txid and not _is_recorded(store, info, state):
-                return newer[-1]
+                return newest
             continue
         sealed = ours.get(info.max_txid)
         if sealed is None or not same_bytes(store, store.head(info.key), sealed):
-            return newer[-1]
+            return newest
         if info.max_txid == acked + 1:
             acked = info.max_txid
+    if newest.max_txid > acked and newest in live:
+        return newest  # compacted by somebody who has gone on
     if acked > known:
         capture.acknowledge(acked)
     return None
-
-
-def _without_outlived(store: ObjectStore, newer: list[SegmentInfo]) -> list[SegmentInfo]:
-    """Remove what a former writer sent after it had been taken over from."""
-    if len(newer) < 2:
-        return newer
-    late = outlived(look_at_tail(store, newer))
-    if late:
-        log.warning("%s: removing what was sent too late: %s", store.url, ", ".join(late))
-        store.delete(late)
-    return [segment for segment in newer if segment.key not in late]
-
-
-def _without_dead_uploads(
-    store: ObjectStore, newer: list[SegmentInfo], known: int
-) -> list[SegmentInfo]:
-    """Remove what an earlier writer, whose disk is gone, had in flight behind a lost upload."""
-    if not newer or any(segment.min_txid == known + 1 for segment in newer):
-        return newer
-    dead = unacknowledged(store, newer, known)
-    if not dead:
-        return newer
-    log.warning(
-        "%s: removing %d segment(s) behind txid %s: their writer died before txid %s arrived, so "
-        "they were never acknowledged",
-        store.url,
-        len(dead),
-        format_txid(known),
-        format_txid(known + 1),
-    )
-    store.delete([segment.key for segment in dead])
-    return [segment for segment in newer if segment not in dead]
 
 
 def _is_recorded(store: ObjectStore, info: SegmentInfo, state: State) -> bool:

@@ -18,7 +18,7 @@ from typing import Final
 
 from .capture import Capture, TailLost
 from .clock import Clock
-from .continuity import CATCHING_UP, reconcile, replica_head
+from .continuity import CATCHING_UP, reconcile
 from .election import InUseError
 from .errors import (
     ClosedError,
@@ -32,6 +32,7 @@ from .fence import Fence
 from .format.ltx import PageEncoding
 from .format.types import format_txid
 from .host import Host
+from .listing import replica_head
 from .pagemap import History, PageMap
 from .peers import Message, Peers, Pipe
 from .restore import RestoreResult, restore
@@ -776,7 +777,7 @@ class _Restored:
 
     def inspect(self, result: RestoreResult) -> None:
         """Make the page map while nobody can know the file: a moment later somebody may write."""
-        self._mtime_ns = os.stat(result.output).st_mtime_ns
+        self._mtime_ns = self._spool.files.stat(result.output).st_mtime_ns
         if result.txid is not None:
             PageMap(self._spool.directory, self._spool.files).describe(
                 result.output, self._history, txid=result.txid, page_size=result.page_size
@@ -800,7 +801,7 @@ class _Restored:
                 admitted=before.admitted,
                 adopt=before.adopt,
                 txid=result.txid,
-                sha256=result.source.newest_sha256,
+                sha256=result.source.sha256,
                 acked_txid=result.txid,
                 restored_txid=result.txid,
                 commit=result.commit,

@@ -6,7 +6,7 @@ taken and renewed by compare-and-swap.  Its schema is the one that Litestream ha
 (``generation``, ``owner``, ``expires_at``), with fields of ours added::
 
     {"generation": 7, "owner": "web-1:7 (/data/app.db)", "expires_at": "2026-01-31T15:54:37Z",
-     "nonce": "9f86d081884c7d65", "renewals": 12, "since": 6, "lease_seconds": 30.0,
+     "nonce": "9f86d081884c7d65", "renewals": 12, "lease_seconds": 30.0,
      "process": "8d7e.../pid:[4026531836]/7/123"}
 
 An object that is created under our lease shows that we are alive as well as a renewal does, where
@@ -19,9 +19,9 @@ what counts is when the request was *begun*, by a clock that counts suspended ti
 the lease over waits until the youngest sign of life is older than the whole lease, by the store's
 own clock, looks again after the swap, and only then decides where the history ends.  So a writer
 that slept finds its proofs too old, and its renewal fails: what it sent meanwhile was never
-acknowledged, and the new writer, which sees an older generation on it, may put its own in its
-place.  Nor does it send anything on a proof older than the lease; what was on its way already when
-it fell asleep is recognised by that generation, also by whoever restores.
+acknowledged.  Where it rests on what the replica holds it stays, whoever sees it first goes on from
+it; where it does not, nobody ever counts it (`listing`), and the new writer's takes its place.  Nor
+is anything sent on a proof older than the lease.
 
 The state directory that took a lease takes it again at once, for instance after SIGKILL: the record
 lock on it tells that nobody else uses it.  So does anybody who can see that the process which held
@@ -51,9 +51,7 @@ from .clock import Clock
 from .errors import ClosedError, ObjectNotFound, PreconditionFailed, StoreError
 from .sqlite import FencedError, RefusedError
 from .store.base import (
-    EPOCH_METADATA,
     IN_FLIGHT_MAX,
-    ObjectInfo,
     ObjectStore,
     SegmentInfo,
     Version,
@@ -90,7 +88,6 @@ class Lease:
         expires_at_ms: by the owner's clock, ms since the epoch; for readers that know no better.
         nonce: random for each time that the lease was taken; names the holder.
         renewals: makes each version of the object another one.
-        since: the generation in which its state directory took it from somebody else.
         lease_s: how long after the last sign of life it lasts, seconds.
         process: which one holds it (`process.this_process`); empty if unknown.
     """
@@ -100,7 +97,6 @@ class Lease:
     expires_at_ms: int
     nonce: str = ""
     renewals: int = 0
-    since: int = 0
     lease_s: float = _DEFAULT_LEASE_S
     process: str = ""
 
@@ -112,7 +108,6 @@ class Lease:
             "expires_at": f"{moment:%Y-%m-%dT%H:%M:%SZ}",
             "nonce": self.nonce,
             "renewals": self.renewals,
-            "since": self.since,
             "lease_seconds": self.lease_s,
             "process": self.process,
         }
@@ -133,7 +128,6 @@ def parse_lease(body: bytes) -> Lease | None:
             expires_at_ms=int(expires.timestamp() * 1000),
             nonce=str(content.get("nonce", "")),
             renewals=int(content.get("renewals", 0)),
-            since=int(content.get("since", content["generation"])),
             lease_s=min(max(lease_s, 1.0), 600.0),
             process=str(content.get("process", "")),
         )
@@ -229,16 +223,6 @@ class Fence:
     def works(self) -> bool:
         """Whether there is a fence: it is wanted, and the store can."""
         return self._works
-
-    @property
-    def epoch(self) -> int:
-        """In which generation this state directory became the writer; 0 if it is not.
-
-        The mark of what it sends.  Along the TXIDs of what was ever acknowledged it never goes
-        down; an object whose mark is lower than that of one before it was sent too late.
-        """
-        lease = self._lease
-        return lease.since if lease is not None else 0
 
     def holds(self) -> bool:
         """Whether a segment may be acknowledged now."""
@@ -352,7 +336,6 @@ class Fence:
             owner=self._owner,
             expires_at_ms=self._expiry(),
             nonce=secrets.token_hex(8),
-            since=held.since if held is not None and ours else generation,
             lease_s=self._lease_s,
             process=self._process,
         )
@@ -515,23 +498,6 @@ class Fence:
         if held is None or not held.owner or held.nonce in self._memory.nonces():
             return None
         return held.owner
-
-    def is_outlived(self, found: ObjectInfo) -> bool:
-        """Whether an object is what a former writer sent too late; ``found`` is from a HEAD.
-
-        It carries the mark of a generation before this state directory took over, and the lease is
-        ours *after* it was seen: so it cannot have been acknowledged.
-
-        Raises:
-            FencedError: the lease is not ours any more.
-            StoreError: not known.
-        """
-        mark = found.metadata.get(EPOCH_METADATA, "")
-        lease = self._lease
-        if not self._works or lease is None or not mark.isdigit() or int(mark) >= lease.since:
-            return False
-        self.renew()
-        return True
 
     def release(self) -> None:
         """Give the lease up, so that the next writer need not wait.  Best effort, never raises."""

@@ -17,9 +17,9 @@ import logging
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -28,24 +28,16 @@ from walship.replica.check import IntegrityMode, integrity_check
 from walship.replica.clock import Clock
 from walship.replica.errors import (
     ConfigError,
-    GapError,
     IntegrityError,
     NoBackupError,
     ObjectNotFound,
     OutputExistsError,
     RestoreError,
 )
-from walship.replica.format.types import LEVEL_MAX, LEVEL_SNAPSHOT, format_txid
+from walship.replica.format.types import LEVEL_SNAPSHOT, format_txid
+from walship.replica.listing import list_replica, live_segments
 from walship.replica.plan import Plan, plan
-from walship.replica.store.base import (
-    EPOCH_METADATA,
-    IN_FLIGHT_MAX,
-    SHA256_METADATA,
-    ObjectInfo,
-    ObjectStore,
-    SegmentInfo,
-    list_segments,
-)
+from walship.replica.store.base import ObjectInfo, ObjectStore, SegmentInfo
 from walship.replica.store.local import fsync_directory, fsync_file, make_directories
 from walship.replica.store.timestamps import TIMESTAMP_METADATA, parse_timestamp
 from walship.replica.v03 import V03Plan, apply_v03, list_v03, plan_v03
@@ -56,10 +48,7 @@ __all__ = [
     "Source",
     "find_source",
     "list_replica",
-    "look_at_tail",
-    "outlived",
     "restore",
-    "unacknowledged",
 ]
 
 _log = logging.getLogger(__name__)
@@ -87,18 +76,12 @@ class Source:
     Attributes:
         plan: segments of the current layout.
         v03: objects of the layout of Litestream 0.3.
-        tail: the last objects of level 0 by their keys, as they were before anything was read.
+        sha256: of the segment that reaches furthest, hex; empty if nobody knows.
     """
 
     plan: Plan | None
     v03: V03Plan | None
-    tail: Mapping[str, ObjectInfo] = field(default_factory=dict)
-
-    @property
-    def newest_sha256(self) -> str:
-        """Digest (hex) of the segment that reaches furthest; empty if nobody knows."""
-        newest = self.tail.get(self.plan.segments[-1].key) if self.plan is not None else None
-        return newest.metadata.get(SHA256_METADATA, "") if newest is not None else ""
+    sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,157 +213,31 @@ def find_source(
     """
     if txid is not None and timestamp_ms is not None:
         raise ConfigError("give a TXID or a timestamp to restore to, not both")
-    with ThreadPoolExecutor(min(parallelism, LEVEL_MAX + 2)) as pool:
+    with ThreadPoolExecutor(1) as pool:
         old_listing: Future[list[ObjectInfo]] | None = None
         if txid is None:
             old_listing = pool.submit(list_v03, store)
-        segments = _list_all(store, pool)
+        segments = list_replica(store, parallelism=parallelism)
         old = plan_v03(old_listing.result(), before_ms=timestamp_ms) if old_listing else None
-    segments = _without_empty_uploads(store, segments)
-    tail = look_at_tail(store, segments)
-    late = outlived(tail)
-    if late:
-        _log.warning("left out, for their writer had been taken over from: %s", ", ".join(late))
-        segments = [segment for segment in segments if segment.key not in late]
+    live = live_segments(store, segments)
+    segments, left_out = live.segments, live.reason
     if timestamp_ms is not None:
         segments = _with_metadata_times(store, segments)
     if old is not None and _old_is_newer(old, segments, timestamp_ms):
         return Source(None, old)
     if not segments:
-        raise NoBackupError(f"there is no backup at {store.url}")
+        because = f": {left_out}" if left_out else ""
+        raise NoBackupError(f"there is no backup at {store.url}{because}")
     try:
-        try:
-            return Source(plan(segments, txid=txid, before_ms=timestamp_ms), None, tail)
-        except GapError as gap:
-            return Source(_plan_to_gap(store, segments, gap), None, tail)
+        found = plan(segments, txid=txid, before_ms=timestamp_ms)
     except NoBackupError:
         if old is not None:
             return Source(None, old)
         raise
-
-
-def _without_empty_uploads(
-    store: ObjectStore, segments: Sequence[SegmentInfo]
-) -> list[SegmentInfo]:
-    """Leave out empty objects of level 0 that carry walship's mark.
-
-    Some servers keep one where a client died after the headers of its upload.  Nobody was told that
-    it arrived.  Any other empty object is damage, and fails the restore when it is read.
-    """
-
-    def never_arrived(segment: SegmentInfo) -> bool:
-        if segment.size_bytes or segment.level:
-            return False
-        return SHA256_METADATA in store.head(segment.key).metadata
-
-    kept = []
-    for segment in segments:
-        if never_arrived(segment):
-            _log.warning("%s is empty: its upload never ended; left out", segment.key)
-        else:
-            kept.append(segment)
-    return kept
-
-
-def _plan_to_gap(store: ObjectStore, segments: Sequence[SegmentInfo], gap: GapError) -> Plan:
-    """The state before a gap, if only uploads that died with their writer lie behind it.
-
-    Several uploads may be under way at once and are acknowledged in order: what lies behind a
-    missing one was promised to nobody.
-
-    Raises:
-        GapError: the one given, if anything else may have made the gap.
-    """
-    if not gap.reachable_txid:
-        raise gap
-    behind = unacknowledged(store, segments, gap.reachable_txid)
-    if behind is None:
-        raise gap
-    kept = plan([segment for segment in segments if segment not in behind])
-    warning = (
-        f"TXID {format_txid(gap.reachable_txid + 1)} is missing and {len(behind)} segment(s) behind"
-        " it are left out: their writer ended before they were acknowledged; restoring TXID"
-        f" {format_txid(gap.reachable_txid)}"
-    )
-    return replace(kept, warnings=(warning,))
-
-
-def unacknowledged(
-    store: ObjectStore, segments: Sequence[SegmentInfo], reached: int
-) -> list[SegmentInfo] | None:
-    """Segments behind a gap after ``reached``, if nothing but walship's own dead uploads is there.
-
-    Returns:
-        None if a segment there is compacted, too far away, or not written by walship.
-    """
-    behind = [segment for segment in segments if segment.min_txid > reached + 1]
-    if any(s.level or s.max_txid > reached + IN_FLIGHT_MAX for s in behind):
-        return None
-    if any(SHA256_METADATA not in store.head(segment.key).metadata for segment in behind):
-        return None
-    return behind
-
-
-def look_at_tail(store: ObjectStore, segments: Sequence[SegmentInfo]) -> dict[str, ObjectInfo]:
-    """The last objects of level 0 with their metadata, by key, in the order of their TXIDs.
-
-    Only of those may any still change: segments that were never acknowledged.  Empty where the
-    store keeps no metadata.
-
-    Args:
-        segments: a listing, sorted.
-    """
-    if store.logical_times:
-        return {}
-    keys = [s.key for s in segments if s.level == 0 and s.size_bytes][-IN_FLIGHT_MAX:]
-
-    def look(key: str) -> ObjectInfo | None:
-        try:
-            return store.head(key)
-        except ObjectNotFound:
-            return None  # removed since the listing
-
-    with ThreadPoolExecutor(IN_FLIGHT_MAX) as pool:
-        found = zip(keys, pool.map(look, keys), strict=True)
-        return {key: info for key, info in found if info is not None}
-
-
-def outlived(tail: Mapping[str, ObjectInfo]) -> list[str]:
-    """Keys of segments that a writer sent after another one had taken over from it.
-
-    They carry the mark of an earlier generation than a segment before them.  They were never
-    acknowledged; the writer that took over replaces them when it gets there.
-
-    Args:
-        tail: from `look_at_tail`.
-    """
-    late: list[str] = []
-    newest = 0
-    for key, info in tail.items():
-        mark = info.metadata.get(EPOCH_METADATA, "")
-        if not mark.isdigit():
-            continue
-        if int(mark) < newest:
-            late.append(key)
-        newest = max(newest, int(mark))
-    return late
-
-
-def list_replica(
-    store: ObjectStore, levels: Sequence[int] | None = None, *, parallelism: int = 8
-) -> list[SegmentInfo]:
-    """The segments of a replica (of some levels only, if given), ordered by level and TXID."""
-    with ThreadPoolExecutor(min(parallelism, LEVEL_MAX + 1)) as pool:
-        return _list_all(store, pool, levels)
-
-
-def _list_all(
-    store: ObjectStore, pool: ThreadPoolExecutor, levels: Sequence[int] | None = None
-) -> list[SegmentInfo]:
-    if levels is None:
-        levels = range(LEVEL_MAX + 1)
-    listings = pool.map(lambda level: list(list_segments(store, level)), levels)
-    return sorted(segment for listing in listings for segment in listing)
+    if left_out and txid is None and timestamp_ms is None:
+        warning = f"{left_out}; restoring TXID {format_txid(found.max_txid)}"
+        found = replace(found, warnings=(*found.warnings, warning))
+    return Source(found, None, live.sha256(found.segments[-1]))
 
 
 def _with_metadata_times(store: ObjectStore, segments: Sequence[SegmentInfo]) -> list[SegmentInfo]:

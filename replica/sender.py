@@ -19,10 +19,11 @@ from .clock import Clock
 from .errors import ObjectNotFound, PreconditionFailed, ReplicaError, StoreError
 from .fence import Fence
 from .format.types import format_txid
+from .listing import rests_on_another
 from .spool import Sealed
 from .sqlite import FencedError
 from .store.base import (
-    EPOCH_METADATA,
+    PREVIOUS_METADATA,
     SHA256_METADATA,
     ObjectInfo,
     ObjectStore,
@@ -35,6 +36,8 @@ log = logging.getLogger("walship.sender")
 
 #: Objects up to this size are read to be compared where the store keeps no metadata, bytes.
 _COMPARED_BYTES: Final = 1024 * 1024
+#: Attempts at an object that changes between a look at it and its replacement.
+_RACES: Final = 3
 
 
 class Requests(Protocol):
@@ -126,18 +129,23 @@ class Sender:
             raise ReplicaError(
                 f"the spool holds other bytes than were sealed as {sealed.txid:016x}"
             )
-        key = segment_key(self._store, 0, sealed.txid, sealed.txid)
         self._fence.ensure()
-        try:
-            return self._put(key, body, sealed)
-        except PreconditionFailed as error:
-            found = self._find(key)
-            # Before the bytes are compared: our own must not keep an earlier writer's mark.
-            if found is not None and self._is_void(found):
-                return self._put(key, body, sealed, instead_of=found)
-            if found is not None and same_bytes(self._store, found, sealed):
-                return None
-            raise self._fenced(sealed.txid) from error
+        found: ObjectInfo | None = None
+        for _ in range(_RACES):
+            try:
+                return self._put(sealed, body, instead_of=found)
+            except PreconditionFailed as error:
+                found = self._find(sealed.txid)
+                if found is None:
+                    continue
+                if same_bytes(self._store, found, sealed):
+                    return None
+                if not self._is_dead(found, sealed):
+                    raise self._fenced(sealed.txid) from error
+        raise StoreError(
+            f"txid {format_txid(sealed.txid)} in {self._store.url} changes all the time",
+            retryable=True,
+        )
 
     def check_still_ours(self, sealed: Sealed) -> None:
         """Raise if somebody has replaced an acknowledged segment: Litestream puts without asking.
@@ -146,7 +154,7 @@ class Sender:
             FencedError: it holds other bytes now.
             StoreError: not known.
         """
-        found = self._find(segment_key(self._store, 0, sealed.txid, sealed.txid))
+        found = self._find(sealed.txid)
         if found is None:
             return  # compacted away
         if SHA256_METADATA not in found.metadata and sealed.size_bytes > _COMPARED_BYTES:
@@ -156,10 +164,29 @@ class Sender:
         if not same:
             raise self._fenced(sealed.txid)
 
-    def _is_void(self, found: ObjectInfo) -> bool:
-        """Whether nobody was ever told that this object had arrived."""
-        # A server may keep an empty one of an upload whose client died after its headers.
-        return not found.size_bytes or self._fence.is_outlived(found)
+    def _is_dead(self, found: ObjectInfo, sealed: Sealed) -> bool:
+        """Whether nobody was ever told, nor ever will be, that this object arrived (`listing`).
+
+        Only such a one may be replaced, by whomever and however late.  One that rests on what the
+        replica holds never is, whoever put it there: somebody may have gone on from it.
+
+        Raises:
+            StoreError: that cannot be told before the segment before this one has arrived.
+        """
+        if not found.size_bytes:
+            return True
+        if PREVIOUS_METADATA not in found.metadata:
+            return False
+        before = self._find(sealed.txid - 1)
+        # Where it is gone it was compacted.
+        metadata = {SHA256_METADATA: sealed.previous} if before is None else before.metadata
+        if sealed.txid - 1 > self._capture.state.acked_txid and (
+            before is None or metadata.get(SHA256_METADATA) != sealed.previous
+        ):
+            raise StoreError(
+                f"txid {format_txid(sealed.txid)} waits for the one before it", retryable=True
+            )
+        return rests_on_another(found.metadata, metadata)
 
     def _fenced(self, txid: int) -> FencedError:
         try:
@@ -173,17 +200,11 @@ class Sender:
             "side, or `walship reset` it to make it the replica's next state"
         )
 
-    def _put(
-        self,
-        key: str,
-        body: bytes | Path,
-        sealed: Sealed,
-        *,
-        instead_of: ObjectInfo | None = None,
-    ) -> float:
+    def _put(self, sealed: Sealed, body: bytes | Path, *, instead_of: ObjectInfo | None) -> float:
+        key = self._key(sealed.txid)
         metadata = {SHA256_METADATA: sealed.sha256}
-        if self._fence.epoch:
-            metadata[EPOCH_METADATA] = str(self._fence.epoch)
+        if sealed.previous:
+            metadata[PREVIOUS_METADATA] = sealed.previous
         if_match = instead_of.etag if instead_of is not None else None
         began = self._clock.monotonic()
         try:
@@ -203,9 +224,12 @@ class Sender:
             self._store.put(key, body, timestamp_ms=sealed.timestamp_ms, metadata=metadata)
         return began
 
-    def _find(self, key: str) -> ObjectInfo | None:
+    def _key(self, txid: int) -> str:
+        return segment_key(self._store, 0, txid, txid)
+
+    def _find(self, txid: int) -> ObjectInfo | None:
         try:
-            return self._store.head(key)
+            return self._store.head(self._key(txid))
         except ObjectNotFound:
             return None
 

@@ -133,6 +133,7 @@ class Sealed:
         file: name in the state directory, or None if the bytes are in the journal.
         offset: where in the journal they are.
         timestamp_ms: the segment's timestamp, ms since the epoch.
+        previous: sha256 of the segment with the TXID before, hex; empty if that is not known.
     """
 
     txid: int
@@ -142,6 +143,7 @@ class Sealed:
     offset: int = 0
     timestamp_ms: int = 0
     header_txid: int = 0
+    previous: str = ""
 
     def to_json(self, file: str | None) -> dict[str, Any]:
         return {
@@ -150,6 +152,7 @@ class Sealed:
             "sha256": self.sha256,
             "timestamp_ms": self.timestamp_ms,
             "header_txid": self.header_txid,
+            "previous": self.previous,
             "file": file,
         }
 
@@ -542,11 +545,13 @@ class Spool:
 
         Args:
             state: scalar fields after the segment.
-            sealed: txid, size, sha256 and timestamp; where the bytes lie is filled in.
+            sealed: txid, size, sha256 and timestamp; where the bytes lie and what they follow is
+                filled in.
             keep: how many of the newest pieces are *not* in the segment.
         """
         meta = _scalars(state)
         meta["keep"] = keep
+        sealed = replace(sealed, previous=self._state.sha256)
         self._seal(_Kind.SEGMENT, meta, sealed, body)
         return self._state.segments[-1]
 

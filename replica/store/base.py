@@ -17,8 +17,8 @@ from typing import Final, Protocol
 from walship.replica.format.types import format_segment_name, parse_segment_name
 
 __all__ = [
-    "EPOCH_METADATA",
     "IN_FLIGHT_MAX",
+    "PREVIOUS_METADATA",
     "SHA256_METADATA",
     "Body",
     "ObjectInfo",
@@ -32,9 +32,10 @@ __all__ = [
 #: Object metadata of a segment that walship wrote: sha256 of its content, hex.  Proof that an
 #: object is ours although the answer to its PUT was lost, and that walship wrote it at all.
 SHA256_METADATA: Final = "walship-sha256"
-#: Object metadata of a segment: the generation of the lease in which its writer became the writer
-#: (`replica.fence`).
-EPOCH_METADATA: Final = "walship-epoch"
+#: Object metadata of a segment: sha256 of the one with the TXID before it, hex, as its writer knows
+#: it.  So the history is a chain: a segment that rests on another one than the replica holds is not
+#: part of it.
+PREVIOUS_METADATA: Final = "walship-previous"
 #: Uploads that may be under way at once, with a margin for later versions.  A writer that dies
 #: with one lost in the middle leaves a gap of less than this below the newest.
 IN_FLIGHT_MAX: Final = 8

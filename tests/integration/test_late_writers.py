@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from walship.replica.engine import restore_if_missing
 from walship.replica.fence import LEASE_KEY, Fence
 from walship.replica.restore import restore
 from walship.replica.sender import Sender
-from walship.replica.spool import Sealed
+from walship.replica.spool import Sealed, State
 from walship.replica.sqlite import FencedError
-from walship.replica.store.base import EPOCH_METADATA
+from walship.replica.store.base import PREVIOUS_METADATA, SHA256_METADATA
 
 REPLICA = "s3://bucket/app"
 FIRST = "0000/0000000000000001-0000000000000001.ltx"
@@ -72,8 +73,14 @@ class World:
     def segments(self) -> list[str]:
         return sorted(key for key in self.objects if key.startswith("0000/"))
 
-    def marks(self) -> list[str]:
-        return [self.objects[key].metadata[EPOCH_METADATA] for key in self.segments()]
+    def broken(self) -> list[int]:
+        """TXIDs of segments that name another predecessor than the one that is there."""
+        metadata = [self.objects[key].metadata for key in self.segments()]
+        return [
+            txid
+            for txid, (before, found) in enumerate(pairwise(metadata), 2)
+            if found[PREVIOUS_METADATA] != before[SHA256_METADATA]
+        ]
 
 
 @pytest.fixture
@@ -91,39 +98,39 @@ def _sleep_and_wake(world: World, *late: str) -> dict[str, Object]:
     world.objects.clear()
     world.objects.update(before)
     world.write("b", "b1")
-    assert set(world.marks()[:-1]) == {"1"}
-    assert world.marks()[-1] == "3"
     for key, made in sent.items():
         world.objects.setdefault(key, made)
     return sent
 
 
-def test_marks_tell_whose_segments_they_are(world: World) -> None:
-    """All that one state directory sends in a row carries one mark, however often it restarts."""
+def test_the_history_is_a_chain(world: World) -> None:
+    """Each segment names the one before it, across restarts and hosts."""
     world.write("a", "a1")
     world.write("a", "a2")
-    world.write("b", "b1")
-    assert set(world.marks()[:-1]) == {"1"}
-    assert world.marks()[-1] == "4"
+    world.write("b", "b1", "b2")
+    world.write("a2", "a3")
+    assert len(world.segments()) >= 5
+    assert world.broken() == []
 
 
 def test_a_restore_leaves_it_out(world: World, caplog: pytest.LogCaptureFixture) -> None:
     """Restored in the moment in which it lies there, the database is the new writer's."""
     _sleep_and_wake(world, "late1", "late2")
-    assert world.marks()[-3:] == ["3", "1", "1"]
+    assert world.broken() == [len(world.segments()) - 1]
     assert world.restored() == ["a1", "a2", "b1"]
-    assert "their writer had been taken over from" in caplog.text
+    assert "another writer has put" in caplog.text
 
 
-def test_the_next_owner_removes_it(world: World) -> None:
+def test_the_next_owner_replaces_it(world: World) -> None:
     """Whoever takes over next goes on behind what was acknowledged; so does the present one."""
     _sleep_and_wake(world, "late1", "late2")
-    world.write("c", "c1")
-    assert world.restored() == world.rows("c") == ["a1", "a2", "b1", "c1"]
+    world.write("c", "c1", "c2")
+    assert world.restored() == world.rows("c") == ["a1", "a2", "b1", "c1", "c2"]
+    assert world.broken() == []
 
 
 def test_the_present_owner_replaces_it(world: World) -> None:
-    """It finds its next TXID taken by an earlier generation, and puts its own there."""
+    """It finds its next TXID taken by what rests on something else, and puts its own there."""
     sent = _sleep_and_wake(world)
     with closing(walship.connect(world.path("b"), REPLICA)) as db:
         newest = len(world.segments())
@@ -160,7 +167,7 @@ def _restore_only(world: World, host: str) -> None:
 
 
 def test_a_host_that_restored_it_starts_over(world: World) -> None:
-    """It was the newest segment when a waiting host restored, and was replaced since."""
+    """The newest segment was replaced since a waiting host restored: Litestream does not ask."""
     first = "a" * 20_000  # on pages that nobody else touches
     world.write("a", first, "a2")
     saved = dict(world.objects)
@@ -183,6 +190,8 @@ class Frozen:
 
     def __init__(self, body: bytes) -> None:
         self._body = body
+
+        self.state = State()
 
     def body(self, sealed: Sealed) -> bytes:
         return self._body
@@ -253,16 +262,3 @@ def test_nothing_is_sent_on_a_lease_that_may_have_run_out(
         a.send(4, b"a4")
     assert len(store.objects) == 4
     b.send(4, b"b4")
-
-
-def test_our_own_bytes_with_an_earlier_mark(store: MemoryStore, clock: FakeClock) -> None:
-    """They are put there again, so that marks never go down along the TXIDs."""
-    a = Writer(store, clock, "a")
-    a.fence.acquire()
-    a.send(1, b"same")
-    clock.advance(33)
-    b = Writer(store, clock, "b")
-    b.fence.acquire()
-    b.send(1, b"same")
-    assert store.objects[FIRST].metadata[EPOCH_METADATA] == "2"
-    assert b.send(1, b"same") is None

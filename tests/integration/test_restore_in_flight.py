@@ -1,4 +1,4 @@
-"""What a writer had in flight when it and its disk died: left out by a restore, then removed."""
+"""What a writer had in flight when it and its disk died is left out by a restore."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from support.memory import MemoryStore, Object
 from walship.replica.errors import ClosedError, StoreError, StoreUnavailable
 from walship.replica.fence import LEASE_KEY, Fence, Lease, parse_lease
 from walship.replica.sqlite import FencedError, RefusedError
-from walship.replica.store.base import EPOCH_METADATA, Body, ObjectInfo, ObjectStore, segment_key
+from walship.replica.store.base import Body, ObjectInfo, ObjectStore, segment_key
 
 LEASE_S = 30.0
 
@@ -77,12 +77,9 @@ class World:
         assert lease is not None
         return lease
 
-    def put_segment(self, txid: int, fence: Fence | None = None) -> ObjectInfo:
-        """What a writer does with a segment: an object under the generation it holds."""
-        metadata = {EPOCH_METADATA: str(fence.epoch)} if fence is not None else {}
-        key = segment_key(self.store, 0, txid, txid)
-        self.store.put(key, b"segment", metadata=metadata, if_absent=True)
-        return self.store.head(key)
+    def put_segment(self, txid: int) -> None:
+        """What a writer does with a segment."""
+        self.store.put(segment_key(self.store, 0, txid, txid), b"segment", if_absent=True)
 
 
 @pytest.fixture
@@ -96,7 +93,7 @@ def test_the_first_writer_takes_the_lease(world: World) -> None:
     assert not fence.holds()
     fence.acquire()
     assert fence.holds()
-    assert (world.lease.owner, world.lease.generation, fence.epoch) == ("a", 1, 1)
+    assert (world.lease.owner, world.lease.generation) == ("a", 1)
     content = json.loads(world.objects[LEASE_KEY].body)
     assert {"generation", "owner", "expires_at"} <= content.keys()
 
@@ -134,7 +131,7 @@ def test_a_segment_is_a_sign_of_life(world: World) -> None:
     a = world.fence("a")
     a.acquire()
     world.clock.advance(LEASE_S)
-    world.put_segment(1, a)
+    world.put_segment(1)
     world.clock.advance(LEASE_S)
     with pytest.raises(FencedError, match="last seen alive 30 s ago"):
         world.fence("b").acquire()
@@ -158,17 +155,15 @@ def test_the_owner_that_was_outlived_is_told(world: World) -> None:
 
 
 def test_the_same_state_directory_takes_it_back_at_once(world: World) -> None:
-    """After SIGKILL: it knows the nonce; `since` stays, for its objects are its own."""
+    """After SIGKILL: it knows the nonce."""
     notes = Notes()
     first = world.fence("a", notes)
     first.acquire()
     second = world.fence("a again", notes)
     second.acquire()
-    assert (world.lease.generation, world.lease.since) == (2, 1)
+    assert world.lease.generation == 2
     with pytest.raises(FencedError):
         first.renew()
-    found = world.put_segment(1, first)
-    assert not second.is_outlived(found)
 
 
 def test_who_sees_that_the_owner_is_gone_does_not_wait(world: World) -> None:
@@ -177,7 +172,7 @@ def test_who_sees_that_the_owner_is_gone_does_not_wait(world: World) -> None:
     world.gone.add("a")
     b = world.fence("b")
     b.acquire()
-    assert (world.lease.owner, world.lease.since) == ("b", 2)
+    assert (world.lease.owner, world.lease.generation) == ("b", 2)
 
 
 def test_a_lease_given_up_is_taken_at_once(world: World) -> None:
@@ -224,7 +219,7 @@ def test_waiting_lists_what_is_new(world: World) -> None:
     a = world.fence("a")
     a.acquire()
     for txid in range(1, 50):
-        world.put_segment(txid, a)
+        world.put_segment(txid)
     asked: list[str | None] = []
     inner = world.store.list
 
@@ -243,9 +238,9 @@ def test_an_object_that_fills_a_gap_is_a_sign_of_life(world: World) -> None:
     """A segment that was sent again lies before others, and is younger."""
     a = world.fence("a")
     a.acquire()
-    world.put_segment(2, a)
+    world.put_segment(2)
     world.clock.advance(LEASE_S - 5)
-    world.put_segment(1, a)
+    world.put_segment(1)
     world.clock.advance(10)
     with pytest.raises(FencedError, match="last seen alive 10 s ago"):
         world.fence("b").acquire()
@@ -256,13 +251,13 @@ def test_an_object_that_came_through_at_the_last_moment(world: World, txid: int)
     """Created between the look and the swap it is a sign of life: the new owner lets it run out."""
     a = world.fence("a")
     a.acquire()
-    world.put_segment(2, a)
+    world.put_segment(2)
     world.clock.advance(LEASE_S + 3)
 
     def slip_in(key: str, made: Object | None) -> None:
         if key == LEASE_KEY:
             world.store.before = lambda key, made: None
-            world.put_segment(txid, a)
+            world.put_segment(txid)
 
     world.store.before = slip_in
     began = world.clock.monotonic()
@@ -278,7 +273,7 @@ def test_nothing_came_through_at_the_last_moment(world: World) -> None:
     a = world.fence("a")
     a.acquire()
     for txid in (*range(1, 20), 21):
-        world.put_segment(txid, a)
+        world.put_segment(txid)
     world.clock.advance(LEASE_S + 3)
     began = world.clock.monotonic()
     world.fence("b").acquire()
@@ -332,7 +327,7 @@ def test_an_acquisition_that_lands_late(world: World) -> None:
 
 
 def test_copies_of_a_state_directory_fence_each_other(world: World) -> None:
-    """Neither may take what the other one wrote for outlived."""
+    """Whoever takes the lease with the other's memory ends the other's."""
     notes = Notes()
     a = world.fence("a", notes)
     a.acquire()
@@ -340,26 +335,8 @@ def test_copies_of_a_state_directory_fence_each_other(world: World) -> None:
     copy.known = notes.known
     b = world.fence("b", copy)
     b.acquire()
-    found = world.put_segment(1, a)
-    assert not b.is_outlived(found)
     with pytest.raises(FencedError):
         a.renew()
-
-
-def test_what_a_former_owner_sent_too_late(world: World) -> None:
-    """It carries an older generation and lies behind our lease: nobody was told of it."""
-    a = world.fence("a")
-    a.acquire()
-    world.clock.advance(LEASE_S + 3)
-    b = world.fence("b")
-    b.acquire()
-    assert b.is_outlived(world.put_segment(1, a))
-    assert not b.is_outlived(world.put_segment(2, b))
-    assert not b.is_outlived(world.put_segment(3))
-    world.clock.advance(LEASE_S + 3)
-    world.fence("c").acquire()
-    with pytest.raises(FencedError):
-        b.is_outlived(world.put_segment(4, a))
 
 
 class Careless(MemoryStore):
@@ -421,7 +398,7 @@ def test_off_sends_nothing(world: World) -> None:
     fence.acquire()
     fence.renew()
     fence.release()
-    assert (fence.works, fence.holds(), fence.epoch) == (False, True, 0)
+    assert (fence.works, fence.holds()) == (False, True)
     assert not world.objects
 
 
