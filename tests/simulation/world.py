@@ -1,0 +1,893 @@
+"""One run: machines and applications that share a replica, chaos, and what must hold nevertheless.
+
+``run(seed)`` draws everything from the seed: how many machines and processes there are, what the
+applications do, how the store fares, who is killed, stopped, cloned or lost and when.  Then the
+weather clears, everybody says whether it goes on, and the replica is judged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import apsw
+
+import walship
+from walship.replica import capture as capture_module
+from walship.replica.engine import restore_if_missing
+from walship.replica.errors import (
+    ClosedError,
+    ContinuityError,
+    GapError,
+    IntegrityError,
+    NoBackupError,
+    ReplicaError,
+    RestoreError,
+    StoreError,
+)
+from walship.replica.format.ltx import Decoder, Encoder, Header
+from walship.replica.restore import restore
+from walship.replica.settings import DatabaseSettings, ReplicaSettings
+from walship.replica.spool import Sealed
+from walship.replica.sqlite import FencedError, NotYetReplicated, RefusedError, SpoolError
+from walship.replica.store.base import list_segments, segment_key
+from walship.replica.store.settings import LocalSettings, S3Settings
+
+from .bucket import Bucket, Client, Weather
+from .history import History, Violation
+from .machine import Machine, Process
+from .runtime import Runtime
+
+__all__ = ["Outcome", "Profile", "run"]
+
+#: Where simulated disks lie: in memory, if there is such a place.
+_BASE = next((d for d in ("/dev/shm", None) if d is None or os.access(d, os.W_OK)), None)
+
+_TOLD = (FencedError, ContinuityError, RefusedError)
+
+#: An asynchronous commit of the only connection of a machine takes no longer, virtual seconds: it
+#: waits for nobody but the clock (20 ms, at a gate).
+_COMMIT_S = 0.3
+
+
+@dataclass
+class Profile:
+    """What kind of world it is.
+
+    Attributes:
+        machines: that are there from the beginning.
+        processes, threads: that use the database on each machine.
+        ops: of each thread.
+        chaos: events.
+    """
+
+    machines: int = 1
+    processes: int = 1
+    threads: int = 1
+    ops: int = 12
+    chaos: int = 6
+    directory: bool = False
+    conditional: str = "yes"
+    page_size: int = 512
+    page: int = 1000
+    interval_s: float = 0.0
+    lease_s: float = 10.0
+    fence_wait_s: float = 0.0
+    checkpoint_pages: int = 20
+    max_sync_wal_bytes: int = 0
+    max_spool_bytes: int = 0
+    spool_full: str = "resync"
+    drift: float = 0.0
+    preempt: float = 0.0
+    weather: Weather = field(default_factory=Weather)
+    events: tuple[str, ...] = ()
+
+    @classmethod
+    def draw(cls, rng: random.Random) -> Profile:
+        rough = rng.choice((0.0, 0.02, 0.1, 0.25))
+        weather = Weather(
+            lost=rough * rng.choice((0, 0.5)),
+            silent=rough * rng.choice((0, 1)),
+            late=rough * rng.choice((0, 1)),
+            twice=rough * rng.choice((0, 0.5)),
+            refused=rough * rng.choice((0, 0.5)),
+            slow=rough * rng.choice((0, 1)),
+            latest_s=rng.choice((1.0, 20.0, 120.0)),
+            timeout_s=rng.choice((1.0, 5.0, 30.0)),
+        )
+        machines = rng.choice((1, 1, 2, 2, 3))
+        events = ["kill", "kill-at", "pause", "outage", "check"]
+        events += ["suspend"] * rng.choice((0, 1))
+        events += ["compact"] * rng.choice((0, 0, 1))
+        if rng.random() < 0.6:
+            events += rng.choice((["lose"], ["clone"], ["rewind"], ["lose", "clone", "rewind"]))
+        if rng.random() < 0.15:
+            events.append("foreign")
+        return cls(
+            machines=machines,
+            processes=rng.choice((1, 1, 1, 2, 3)),
+            threads=rng.choice((1, 1, 2)),
+            ops=rng.choice((5, 12, 25)),
+            chaos=rng.choice((0, 3, 8)),
+            directory=rng.random() < 0.15,
+            page_size=rng.choice((512, 1024)),
+            page=rng.choice((3, 1000)),
+            interval_s=rng.choice((0.0, 0.2, 1.0)),
+            lease_s=rng.choice((5.0, 10.0, 30.0)),
+            fence_wait_s=rng.choice((0.0, 0.0, 15.0, 60.0)),
+            checkpoint_pages=rng.choice((3, 20, 1000)),
+            max_sync_wal_bytes=rng.choice((0, 0, 4096)),
+            max_spool_bytes=rng.choice((0, 0, 0, 20_000)),
+            spool_full=rng.choice(("resync", "block", "fail")),
+            drift=rng.choice((0.0, 0.1, 0.2)),
+            preempt=rng.choice((0.0, 0.01, 0.1)),
+            weather=weather,
+            events=tuple(events),
+        )
+
+
+@dataclass
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        problem: what was found, or None.
+        fingerprint: equal runs have equal ones.
+    """
+
+    seed: int
+    problem: str | None
+    fingerprint: int
+    steps: int
+    virtual_s: float
+    commits: int
+    acknowledged: int
+    segments: int
+    requests: int
+    kills: int
+    told: int
+
+
+def run(
+    seed: int,
+    profile: Profile | None = None,
+    *,
+    trace: Callable[[str], None] | None = None,
+    keep: Path | None = None,
+) -> Outcome:
+    """Play one seed; `patches.installed` must be in force."""
+    directory = Path(tempfile.mkdtemp(prefix="walship-sim-", dir=_BASE))
+    collected = gc.isenabled()
+    gc.disable()  # what is collected when is no matter of chance
+    world = World(seed, directory, profile, trace)
+    try:
+        with world.observed():
+            return world.play()
+    finally:
+        for machine in world.everything:
+            machine.close_descriptors()
+        if keep is not None:
+            shutil.copytree(directory, keep, dirs_exist_ok=True)
+        shutil.rmtree(directory, ignore_errors=True)
+        if collected:
+            gc.enable()
+
+
+class World:
+    """See `run`."""
+
+    def __init__(
+        self,
+        seed: int,
+        directory: Path,
+        profile: Profile | None,
+        trace: Callable[[str], None] | None,
+    ) -> None:
+        rng = random.Random(seed)
+        self.seed = seed
+        self.directory = directory
+        self.profile = profile or Profile.draw(rng)
+        self.rng = random.Random(rng.random())
+        self.runtime = Runtime(random.Random(rng.random()), preempt=self.profile.preempt)
+        self.runtime.trace = trace
+        self.bucket = Bucket(
+            self.runtime,
+            random.Random(rng.random()),
+            directory=self.profile.directory,
+            conditional=self.profile.conditional,
+            skew_s=rng.choice((0.0, 7200.0, -3e8)),
+            page=self.profile.page,
+        )
+        self.bucket.weather = self.profile.weather
+        self.history = History(seed)
+        self.machines: list[Machine] = []
+        self.everything: list[Machine] = []
+        self.problems: list[str] = []
+        self.calm = False
+        self.n_disks = 0
+        self.n_told = 0
+        self.n_kills = 0
+        self.acked_objects: dict[int, str] = {}
+        self._checks = 0
+
+    # -- the whole ----------------------------------------------------------------------------
+
+    def play(self) -> Outcome:
+        self.runtime.run(self._main)
+        for task, error in self.runtime.errors:
+            self.problems.append(f"{task}: {type(error).__name__}: {error}")
+            self._trace_error(error)
+        if not self.problems:
+            self._attempt("in the end", self.verify)
+        return Outcome(
+            seed=self.seed,
+            problem=self.problems[0] if self.problems else None,
+            fingerprint=self.runtime.fingerprint,
+            steps=self.runtime.steps,
+            virtual_s=self.runtime.now,
+            commits=self.history.count,
+            acknowledged=len(self.history.acknowledged),
+            segments=len(self.acked_objects),
+            requests=self.bucket.n_requests,
+            kills=self.n_kills,
+            told=self.n_told,
+        )
+
+    def _trace_error(self, error: BaseException) -> None:
+        if self.runtime.trace is not None:
+            import traceback
+
+            self.runtime.trace("".join(traceback.format_exception(error)))
+
+    def _main(self) -> None:
+        for _ in range(self.profile.machines):
+            self.add_machine()
+        for _ in range(self.profile.chaos):
+            self.runtime.sleep(self.rng.expovariate(0.5))
+            self.happen(self.rng.choice(self.profile.events))
+        self.runtime.sleep(self.rng.expovariate(0.2))
+        self.runtime.note("the weather clears")
+        self.calm = True
+        self.bucket.weather = Weather(latest_s=self.profile.weather.latest_s)
+        self.bucket.away_until = 0.0
+        for machine in self.machines:
+            for process in machine.processes:
+                process.kill_in = None
+                self.runtime.resume(process)
+        deadline = self.runtime.now + 1500
+        while not all(machine.settled for machine in self.machines):
+            if self.runtime.now > deadline:
+                waiting = [machine.name for machine in self.machines if not machine.settled]
+                raise Violation(f"{waiting} neither go on nor are told why not")
+            self.runtime.sleep(0.5)
+        self.verify()
+        self.bucket.land_everything()
+        self.verify()
+        # Whoever comes now can go on.
+        last = self.add_machine(wait_s=200.0)
+        while not last.settled:
+            self.runtime.sleep(0.5)
+        if last.told is not None:
+            raise Violation(f"nobody is there any more, but a new machine is told: {last.told}")
+        self.verify()
+
+    def problem(self, text: str) -> None:
+        """A promise was broken; the run goes on, for what it still shows."""
+        self.runtime.note("PROBLEM", text)
+        self.problems.append(text)
+
+    def _attempt(self, when: str, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except (AssertionError, ReplicaError, apsw.Error) as error:
+            self.problems.append(f"{when}: {type(error).__name__}: {error}")
+            self._trace_error(error)
+
+    # -- machines -----------------------------------------------------------------------------
+
+    def add_machine(self, *, wait_s: float | None = None, copy_of: Path | None = None) -> Host:
+        name = f"m{len(self.everything)}"
+        machine = Host(
+            self.runtime,
+            name,
+            self.directory / name,
+            random.Random(self.rng.random()),
+            self.profile.drift,
+        )
+        machine.wait_s = self.profile.fence_wait_s if wait_s is None else wait_s
+        if copy_of is not None:
+            shutil.copytree(copy_of, machine.directory, dirs_exist_ok=True)
+        self.new_disk(machine)
+        self.machines.append(machine)
+        self.everything.append(machine)
+        self.runtime.spawn(lambda: self.supervise(machine), f"supervise-{name}")
+        return machine
+
+    def new_disk(self, machine: Host) -> None:
+        """What is on the machine's disk now is nobody's continuation but its own."""
+        self.n_disks += 1
+        machine.disk = f"{machine.name}/{self.n_disks}"
+        machine.boot = f"boot-{self.n_disks}"
+        machine.tail = 0
+
+    def supervise(self, machine: Host) -> None:
+        """Keep the machine's processes running, as an operator would."""
+        rng = random.Random(self.rng.random())
+        self.runtime.sleep(rng.expovariate(1.0))
+        while not machine.gone:
+            wanted = 1 if self.calm else self.profile.processes
+            if self.calm and machine.settled:
+                return
+            if len(machine.processes) < wanted and self.runtime.now >= machine.not_before:
+                self.start(machine, rng)
+            self.runtime.sleep(0.2 + rng.random())
+
+    def start(self, machine: Host, rng: random.Random) -> None:
+        process = machine.start(self.bucket, random.Random(rng.random()))
+        if not self.calm and rng.random() < 0.1:
+            process.kill_in = rng.randrange(400)
+        self.runtime.note("starts", process.name)
+        process.spawn(lambda: self.live(machine, process), "app-0")
+
+    def kill(self, process: Process) -> None:
+        self.n_kills += 1
+        process.kill()
+        self.runtime.sleep(0.0)  # by then it is gone
+
+    # -- what happens -------------------------------------------------------------------------
+
+    def happen(self, event: str) -> None:
+        rng = self.rng
+        machine = rng.choice(self.machines)
+        process = rng.choice(machine.processes) if machine.processes else None
+        self.runtime.note("event", event, process.name if process else machine.name)
+        if event == "outage":
+            self.bucket.away_until = self.runtime.now + rng.choice((1, 10, 100))
+        elif event == "check":
+            self.verify()
+        elif event == "compact":
+            self.compact()
+        elif event == "lose":
+            self.lose(machine)
+        elif event == "clone":
+            if len(self.machines) < 4:
+                self.history.copied(machine.disk)
+                clone = self.directory / f"image-{len(self.everything)}"
+                machine.copy_to(clone)
+                self.add_machine(copy_of=clone)
+        elif event == "rewind":
+            image = self.directory / f"image-of-{machine.name}"
+            if image.exists():
+                self.lose(machine, image)
+                shutil.rmtree(image)
+            else:
+                self.history.copied(machine.disk)
+                machine.copy_to(image)
+        elif process is None:
+            return
+        elif event == "kill":
+            self.kill(process)
+        elif event == "kill-at":
+            process.kill_in = rng.randrange(150)
+        elif event == "pause":
+            self.pause([process], rng.choice((1.0, 15.0, 70.0)))
+        elif event == "suspend":
+            self.pause(list(machine.processes), rng.choice((15.0, 70.0, 4000.0)))
+        elif event == "foreign":
+            self.commit_from_outside(machine)
+
+    def pause(self, processes: list[Process], seconds: float) -> None:
+        for process in processes:
+            self.runtime.pause(process)
+            process.machine.stopped_until = self.runtime.now + seconds + 1  # type: ignore[attr-defined]
+
+        def go_on() -> None:
+            for process in processes:
+                self.runtime.note("goes on", process.name)
+                self.runtime.resume(process)
+
+        self.runtime.spawn(go_on, "alarm", after_s=seconds)
+
+    def lose(self, machine: Host, image: Path | None = None) -> None:
+        """The machine is gone with its disk; another takes its place, perhaps from an old image."""
+        for process in list(machine.processes):
+            self.kill(process)
+        machine.wipe()
+        machine.pipes.clear()
+        machine.locks.clear()
+        if image is not None:
+            shutil.copytree(image, machine.directory, dirs_exist_ok=True)
+        self.new_disk(machine)
+        machine.told = None
+
+    def compact(self) -> None:
+        """Snapshot what is acknowledged, and remove what is old in level 0, as retention does."""
+        store = Client(self.bucket)
+        up_to = max(self.acked_objects, default=0)
+        if not up_to or self.profile.directory:
+            return
+        path = self.directory / "compacted"
+        states = list(self._states(path, stop=up_to))
+        if not states or states[-1][0] != up_to:
+            return
+        body = path.read_bytes()
+        page_size = self.profile.page_size
+        parts: list[bytes] = []
+        header = Header(
+            page_size=page_size,
+            commit=len(body) // page_size,
+            min_txid=1,
+            max_txid=up_to,
+            timestamp_ms=self.bucket.now_ms(),
+        )
+        encoder = Encoder(lambda pieces: parts.extend(bytes(p) for p in pieces), header)
+        for n in range(len(body) // page_size):
+            encoder.add_page(n + 1, body[n * page_size : (n + 1) * page_size])
+        encoder.finish()
+        store.put(segment_key(store, 9, 1, up_to), b"".join(parts))
+        old = [info.key for info in list_segments(store, 0) if info.max_txid < up_to]
+        store.delete(old)
+
+    def commit_from_outside(self, machine: Host) -> None:
+        """A program that does not use the VFS writes to the database, and perhaps checkpoints."""
+        if not machine.path.exists() or machine.path.stat().st_size == 0:
+            return
+        connection = apsw.Connection(str(machine.path), vfs="unix")
+        try:
+            connection.set_busy_timeout(0)
+            if connection.pragma("journal_mode") != "wal":
+                return
+            for _ in range(self.rng.choice((1, 3))):
+                self._commit(machine, connection, self.rng, "foreign")
+            if self.rng.random() < 0.6:
+                mode = self.rng.choice(("PASSIVE", "TRUNCATE", "RESTART"))
+                connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
+        except (apsw.BusyError, apsw.LockedError):
+            pass
+        finally:
+            connection.close(True)
+            machine.touch(machine.path.stat().st_ino)
+
+    # -- the application ----------------------------------------------------------------------
+
+    def live(self, machine: Host, process: Process) -> None:
+        """The main thread of a process."""
+        try:
+            connection = self.open(machine, process)
+        except _TOLD as error:
+            self.told(machine, error, "open")
+            process.exit()
+        except (GapError, IntegrityError) as error:
+            self.problem(f"{process.name} cannot open: {type(error).__name__}: {error}")
+            process.exit()
+        except (StoreError, RestoreError, SpoolError, apsw.BusyError, apsw.CantOpenError) as error:
+            self.runtime.note("does not open:", type(error).__name__, _without_tokens(error))
+            process.exit()
+        threads = [
+            process.spawn(lambda: self.work(machine, process, None), f"app-{n + 1}")
+            for n in range(self.profile.threads - 1)
+            if not self.calm
+        ]
+        self.work(machine, process, connection)
+        while any(not thread.ended for thread in threads):
+            self.runtime.sleep(0.1)
+        self.runtime.note("ended well")
+        process.exit()
+
+    def told(self, machine: Host, error: Exception, where: str) -> None:
+        """An application has learnt that it may not go on."""
+        self.n_told += 1
+        self.runtime.note("is told at", where, type(error).__name__, _without_tokens(error))
+        if self.n_disks < 2:
+            self.problem(f"told without a rival: {type(error).__name__}: {error}")
+        machine.told = error
+        if self.calm:
+            machine.settled = True
+        elif self.rng.random() < 0.5:
+            # The operator gives this side up and restores it.
+            self.runtime.spawn(lambda: self.lose(machine), "operator", after_s=self.rng.random())
+        machine.not_before = self.runtime.now + self.rng.expovariate(0.2)
+
+    def open(self, machine: Host, process: Process) -> walship.Connection:
+        """As `walship.connect` does."""
+        settings = self.settings(machine)
+        process.registry.configure(settings)
+        if process.registry.engine(str(machine.path)) is None:
+            restore_if_missing(settings, process.host)
+        connection = walship.Connection(
+            str(machine.path),
+            flags=apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE,
+            vfs=process.vfs_name,
+        )
+        process.connections.append(connection)
+        try:
+            connection.set_busy_timeout(5000)
+            connection.wal_autocheckpoint(self.profile.checkpoint_pages)
+            connection.pragma("page_size", self.profile.page_size)
+            if connection.pragma("journal_mode", "wal") != "wal":
+                raise Violation("not in WAL mode")
+            machine.saw(self.history, self.history.tail(connection))
+        except BaseException:
+            if not process.dead:
+                connection.close(True)
+            raise
+        return connection
+
+    def settings(self, machine: Host) -> DatabaseSettings:
+        profile = self.profile
+        store: Any = S3Settings(bucket="replica")
+        if profile.directory:
+            store = LocalSettings(path=Path("/replica"))
+        return DatabaseSettings(
+            path=machine.path,
+            meta_path=machine.state,
+            replica=ReplicaSettings(store=store, sync_interval_s=profile.interval_s),
+            busy_timeout_s=5.0,
+            open_timeout_s=10.0,
+            shutdown_sync_timeout_s=30.0,
+            max_sync_wal_bytes=profile.max_sync_wal_bytes,
+            max_spool_bytes=profile.max_spool_bytes,
+            spool_full=profile.spool_full,  # type: ignore[arg-type]
+            spool_full_timeout_s=5.0,
+            fence_lease_s=profile.lease_s,
+            fence_wait_s=machine.wait_s,
+        )
+
+    def work(self, machine: Host, process: Process, connection: walship.Connection | None) -> None:
+        """One thread of an application: some operations, then a clean end."""
+        rng = random.Random(process.rng.random())
+        try:
+            if connection is None:
+                connection = self.open(machine, process)
+            if not self.calm:
+                connection = self.use(machine, process, connection, rng)
+            if self.calm:
+                self.settle(machine, process, connection)
+            connection.close(True)
+        except _TOLD as error:
+            self.told(machine, error, "work")
+            self.close(process, connection)
+        except ClosedError as error:
+            self.problem(f"{process.name}: {error}")
+        except (StoreError, SpoolError, apsw.BusyError, apsw.CantOpenError) as error:
+            self.runtime.note("stops:", type(error).__name__, _without_tokens(error))
+            self.close(process, connection)
+
+    def close(self, process: Process, connection: walship.Connection | None) -> None:
+        if connection is not None and not process.dead:
+            connection.close(True)
+
+    def use(
+        self,
+        machine: Host,
+        process: Process,
+        connection: walship.Connection,
+        rng: random.Random,
+    ) -> walship.Connection:
+        for _ in range(self.profile.ops):
+            self.runtime.sleep(rng.choice((0.0, 0.01, 0.3, 2.0)))
+            if self.calm:
+                break
+            op = rng.choice(_OPS)
+            try:
+                if op == "commit":
+                    self.commit(machine, process, connection, rng)
+                elif op == "sync":
+                    self.sync(machine, process, rng.choice((0.0, 1.0, 60.0)))
+                elif op == "durable":
+                    number = self.commit(machine, process, connection, rng)
+                    if number:
+                        self.sync(machine, process, 30.0, number)
+                elif op == "status":
+                    self.look_at_status(process)
+                elif op == "checkpoint":
+                    mode = rng.choice(("PASSIVE", "FULL", "RESTART", "TRUNCATE"))
+                    connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
+                elif op == "vacuum":
+                    connection.execute("VACUUM")
+                elif op == "rollback":
+                    connection.execute("BEGIN IMMEDIATE")
+                    for n in range(20):
+                        connection.execute("REPLACE INTO cells VALUES (?, -1, zeroblob(900))", (n,))
+                    connection.execute("ROLLBACK")
+                elif op == "read":
+                    connection.execute("BEGIN")
+                    connection.execute("SELECT count(*) FROM sqlite_schema").fetchall()
+                    self.runtime.sleep(rng.choice((0.1, 1.0)))
+                    connection.execute("COMMIT")
+                else:
+                    connection.close(True)
+                    connection = self.open(machine, process)
+            except (apsw.BusyError, apsw.SQLError) as error:
+                self.runtime.note(op, "is refused:", type(error).__name__)
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+        return connection
+
+    def commit(
+        self,
+        machine: Host,
+        process: Process,
+        connection: walship.Connection,
+        rng: random.Random,
+    ) -> int:
+        """One transaction; its number, or 0 if SQLite was busy."""
+        began = self.runtime.now
+        try:
+            return self._commit(machine, connection, rng, process.name)
+        except (apsw.BusyError, SpoolError) as error:
+            self.runtime.note("commit:", type(error).__name__)
+            full = isinstance(error, SpoolError) and self.profile.max_spool_bytes
+            if isinstance(error, SpoolError) and not full and not machine.was_stopped():
+                raise
+            return 0
+        finally:
+            took = self.runtime.now - began
+            alone = self.profile.processes == self.profile.threads == 1
+            full = self.profile.spool_full == "block" and self.profile.max_spool_bytes
+            if alone and took > _COMMIT_S and not machine.was_stopped() and not full:
+                self.problem(f"{process.name}: a commit took {took:.3f} s")
+
+    def _commit(
+        self, machine: Host, connection: apsw.Connection, rng: random.Random, who: str
+    ) -> int:
+        number = 0
+        big = rng.random() < 0.1
+        if big:
+            connection.execute("PRAGMA cache_size = 5")
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            tail = self.history.tail(connection)
+            self.history.look(tail, machine.disk)
+            number = self.history.begin(tail, machine.disk)
+            self.history.make_tables(connection)
+            if big:
+                for n in range(30):
+                    connection.execute(
+                        "REPLACE INTO cells VALUES (?, -1, zeroblob(700))", (1000 + n,)
+                    )
+                connection.execute("DELETE FROM cells WHERE k >= 1000")
+            self.history.write(connection, number)
+            connection.execute("COMMIT")
+        except Exception:
+            if number and not any(p.dead for p in (self.runtime.current.owner,)):  # type: ignore[union-attr]
+                self.history.failed(number)
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        self.history.done(number)
+        machine.saw(self.history, number)
+        self.runtime.note("committed", number, "after", tail, "by", who)
+        return number
+
+    def sync(self, machine: Host, process: Process, timeout: float, number: int = 0) -> None:
+        engine = process.registry.engine(str(machine.path))
+        assert engine is not None
+        number = number or machine.tail
+        try:
+            txid = engine.sync(timeout)
+        except NotYetReplicated:
+            self.runtime.note("not yet", number)
+            return
+        self.runtime.note("synced", number, "in", txid)
+        self.history.acknowledge(number, f"{process.name} at {self.runtime.now:.3f}, txid {txid}")
+
+    def look_at_status(self, process: Process) -> None:
+        engine = process.registry.engine(str(process.machine.path))
+        assert engine is not None
+        status = engine.status()
+        txid = status.replicated_txid
+        self.runtime.note("status", status.state, txid, status.fence, status.last_error is None)
+        if txid and not self._was_stored(txid):
+            self.problem(f"{process.name} says that txid {txid} is replicated, and it never was")
+
+    def settle(self, machine: Host, process: Process, connection: walship.Connection) -> None:
+        """The weather is fair: this process goes on, or is told why it cannot."""
+        for _ in range(20):
+            number = self.commit(machine, process, connection, self.rng)
+            if number:
+                break
+            self.runtime.sleep(1.0)
+        else:
+            raise Violation(f"{process.name} cannot commit any more")
+        engine = process.registry.engine(str(machine.path))
+        assert engine is not None
+        number = machine.tail
+        txid = engine.sync(400.0)
+        self.runtime.note("goes on:", number, "in", txid)
+        self.history.acknowledge(number, f"{process.name} in the end, txid {txid}")
+        machine.settled = True
+        machine.told = None
+
+    # -- judging ------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def observed(self) -> Iterator[None]:
+        """Notice what the engines count as acknowledged, when they do."""
+        real = capture_module.Capture.acknowledge
+        world = self
+
+        def acknowledge(self: capture_module.Capture, txid: int) -> None:
+            for sealed in self.state.segments:
+                if sealed.txid <= txid:
+                    world.counted(sealed)
+            real(self, txid)
+
+        capture_module.Capture.acknowledge = acknowledge  # type: ignore[method-assign]
+        logger = logging.getLogger("walship")
+        handler = _Log(self.runtime)
+        logger.addHandler(handler)
+        propagates, logger.propagate = logger.propagate, False
+        level = logger.level
+        logger.setLevel(logging.INFO if self.runtime.trace else logging.ERROR)
+        try:
+            yield
+        finally:
+            capture_module.Capture.acknowledge = real  # type: ignore[method-assign]
+            logger.removeHandler(handler)
+            logger.propagate = propagates
+            logger.setLevel(level)
+
+    def counted(self, sealed: Sealed) -> None:
+        """A segment is acknowledged: it is in the replica, and no other was before."""
+        self.runtime.note("acknowledges", sealed.txid)
+        key = segment_key(Client(self.bucket), 0, sealed.txid, sealed.txid)
+        if self.bucket.everything.get(key) != sealed.sha256:
+            self.problem(f"txid {sealed.txid} is acknowledged and is not in the replica")
+        before = self.acked_objects.setdefault(sealed.txid, sealed.sha256)
+        if before != sealed.sha256:
+            self.problem(f"txid {sealed.txid} is acknowledged twice, with other content")
+
+    def _was_stored(self, txid: int) -> bool:
+        return segment_key(Client(self.bucket), 0, txid, txid) in self.bucket.everything
+
+    def verify(self) -> None:
+        """What the replica holds now is one history, and all that was acknowledged.
+
+        Raises:
+            Violation: it is not.
+        """
+        self._checks += 1
+        target = self.directory / f"restored-{self._checks}"
+        store = Client(self.bucket)
+        try:
+            result = restore(store, target, clock=_NoClock())
+        except NoBackupError:
+            if self.history.acknowledged:
+                told = sorted(self.history.acknowledged)
+                raise Violation(f"the replica is empty, and {told} were acknowledged") from None
+            return
+        newest = self.history.judge(target)
+        missing = self.history.missing(newest)
+        self.runtime.note("restored txid", result.txid, "commit", newest)
+        if missing:
+            told = self.history.acknowledged[missing[0]]
+            raise Violation(
+                f"acknowledged and not in the replica: commits {missing} (the first by {told}); "
+                f"txid {result.txid} ends with {newest}"
+            )
+        assert result.txid is not None
+        walked = self.directory / f"walked-{self._checks}"
+        txid = 0
+        for reached, _ in self._states(walked, stop=result.txid):
+            txid = reached
+            self.history.judge(walked)
+        if txid != result.txid:
+            raise Violation(f"txid {txid} cannot be continued to {result.txid}")
+        if walked.read_bytes() != target.read_bytes():
+            raise Violation("applying all segments gives another database than restore does")
+        walked.unlink()
+        target.unlink()
+
+    def _states(self, path: Path, *, stop: int) -> Iterator[tuple[int, int]]:
+        """Apply what the replica holds to a file, TXID by TXID: ``(txid, pages)`` after each."""
+        store = Client(self.bucket)
+        path.unlink(missing_ok=True)
+        snapshots = [info for info in list_segments(store, 9) if info.max_txid <= stop]
+        txid = 0
+        with path.open("w+b") as file:
+            for info in [*snapshots[-1:], *list_segments(store, 0)]:
+                if info.max_txid <= txid:
+                    continue
+                if info.min_txid > txid + 1 or info.max_txid > stop:
+                    return
+                decoder = Decoder(store.get(info.key), name=info.key)
+                header = decoder.header
+                for pgno, page in decoder:
+                    file.seek((pgno - 1) * header.page_size)
+                    file.write(page)
+                file.truncate(header.commit * header.page_size)
+                file.flush()
+                txid = info.max_txid
+                yield txid, header.commit
+
+
+class Host(Machine):
+    """A machine, and what its operator knows.
+
+    Attributes:
+        disk: names what is on its disk.
+        tail: newest commit that its database is known to hold.
+        told: why it does not go on, if an application was told.
+        settled: in the calm after the chaos, it goes on or knows why not.
+        not_before: true time before which it is not started again, seconds.
+        stopped_until: true time until which a process of it may be stopped.
+    """
+
+    disk = ""
+    tail = 0
+    told: Exception | None = None
+    settled = False
+    gone = False
+    not_before = 0.0
+    stopped_until = -1.0
+    wait_s = 0.0
+
+    def saw(self, history: History, number: int) -> None:
+        """A commit is in its database."""
+        if history.depth(number) >= history.depth(self.tail):
+            self.tail = number
+
+    def was_stopped(self) -> bool:
+        """Whether a process may have been stopped just now, with locks."""
+        return self.runtime.now < self.stopped_until
+
+
+class _Log(logging.Handler):
+    def __init__(self, runtime: Runtime) -> None:
+        super().__init__()
+        self._runtime = runtime
+
+    def emit(self, record: logging.LogRecord) -> None:
+        trace = self._runtime.trace
+        if trace is not None:
+            where = f"{self._runtime.now:10.4f} {self._runtime.current!r:24}"
+            trace(f"{where}   log: {record.getMessage()}")
+            if record.exc_info:
+                import traceback
+
+                trace("".join(traceback.format_exception(*record.exc_info)))
+        if record.exc_info:
+            raise_kept(self._runtime, record)
+
+
+def raise_kept(runtime: Runtime, record: logging.LogRecord) -> None:
+    """An unexpected error that was only logged is a failure here."""
+    assert record.exc_info is not None
+    assert record.exc_info[1] is not None
+    current = runtime.current
+    if current is not None and not current.owner.dead:
+        runtime.errors.append((current, record.exc_info[1]))
+
+
+class _NoClock:
+    def now_ms(self) -> int:
+        return 0
+
+    def monotonic(self) -> float:
+        return 0.0
+
+    def sleep(self, seconds: float) -> None:
+        pass
+
+
+def _without_tokens(error: Exception) -> str:
+    return str(error)[:300]
+
+
+_OPS = (
+    ["commit"] * 10
+    + ["sync"] * 3
+    + ["durable"] * 4
+    + ["checkpoint"] * 3
+    + ["status", "vacuum", "rollback", "read", "reopen"]
+)
