@@ -457,7 +457,7 @@ class Capture:
         batch: Batch | None = None
         header = self._wal.header()
         old = self._locate(header)
-        if old is None and not (state.wal_gone and header is None):
+        if old is None and not self._is_rightly_gone(header):
             self._lose(_PAST_THE_GATE)
             return
         if old is not None and header is not None and not state.wal_gone:
@@ -503,6 +503,11 @@ class Capture:
             if candidate is not None and candidate.salts == header.salts:
                 return candidate
         return None
+
+    def _is_rightly_gone(self, header: WalHeader | None) -> bool:
+        """Whether there is no WAL, and nobody has written to the main file since it went."""
+        state = self.state
+        return header is None and state.wal_gone and (state.copying or self._is_unchanged())
 
     def _is_unchanged(self) -> bool:
         """Whether the main file is what it was when there was no WAL last."""
@@ -1012,7 +1017,7 @@ class Capture:
         state = self.state
         header = self._wal.header()
         position = self._locate(header)
-        if header is None and (state.wal_gone or state.copying):
+        if self._is_rightly_gone(header) or (header is None and state.copying):
             return None
         if position is None:
             self._lose(_PAST_THE_GATE)

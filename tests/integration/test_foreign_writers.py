@@ -78,3 +78,17 @@ def test_our_frames_are_truncated_by_another_program(
         if then != "close":
             database.assert_replica_equals_now()
     database.assert_replica_equals_file()
+
+
+@pytest.mark.parametrize("then", ["nothing", "commit"])
+def test_a_commit_that_leaves_no_wal(then: str, database: Database) -> None:
+    """It is in the main file and nowhere else when the next of ours looks, or starts a WAL."""
+    with database.opened(sync_interval=3600.0) as connection:
+        connection.execute("CREATE TABLE t (x)")
+        database.sync()
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        _foreign(database.path, "INSERT INTO t VALUES (1)", "PRAGMA wal_checkpoint(TRUNCATE)")
+        if then == "commit":
+            connection.execute("INSERT INTO t VALUES (2)")
+        database.assert_replica_equals_now()
+    database.assert_replica_equals_file()
