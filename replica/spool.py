@@ -528,12 +528,17 @@ class Spool:
             sealed: size, sha256, timestamp and the TXID in its header; ``txid`` is 0.
             body: the LTX bytes as buffers, or the name of a file made with `create_file`.
         """
+        if self.is_full:
+            raise SpoolError(f"the spool in {self.directory} is full (max-spool-bytes)")
         self._seal(_Kind.PIECE, _scalars(state), sealed, body)
 
     def replace_pieces(
         self, start: int, count: int, body: Sequence[Any] | str, size_bytes: int
     ) -> None:
-        """Put the merge of ``count`` pieces from index ``start`` on in their place."""
+        """Put the merge of ``count`` pieces from index ``start`` on in their place.
+
+        Also in a full spool: it takes less room than they do.
+        """
         meta = _scalars(self._state)
         meta["start"], meta["count"] = start, count
         self._seal(_Kind.PIECE, meta, Sealed(txid=0, size_bytes=size_bytes), body)
@@ -580,8 +585,6 @@ class Spool:
     ) -> None:
         file: str | None = None
         pieces: Sequence[Any] = ()
-        if kind is _Kind.PIECE and self.is_full:
-            raise SpoolError(f"the spool in {self.directory} is full (max-spool-bytes)")
         if isinstance(body, str):
             file = body
             with _local_errors(self.directory):

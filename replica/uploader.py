@@ -35,7 +35,7 @@ from .fence import Fence
 from .peers import Message, Peers
 from .sender import Requests, Sender
 from .spool import Sealed
-from .sqlite import FencedError, RefusedError
+from .sqlite import FencedError, RefusedError, SpoolError
 from .waits import Waits
 
 __all__ = ["MAX_IN_FLIGHT", "Uploader"]
@@ -411,7 +411,6 @@ class Uploader:
             return TICK_S
         if not self._reconciled and self._is_reconciled():
             self._set_reconciled()
-        self._capture.drain_refused()
         reached = True
         if self.dirty:
             self.dirty, self._dirty_since = False, None
@@ -425,6 +424,7 @@ class Uploader:
                 {"op": "sync", "from": self._peers.name, "id": ticket}
             )
             self._asked_ticket, self._asked_at = ticket, now
+        self._capture.drain_refused()  # last: it fails for as long as the spool is full
         if reached:
             return FOLLOW_S
         # It has died, or is just beginning; once somebody leads everything is looked at anyway.
@@ -496,9 +496,16 @@ class Uploader:
         return self._capture.resync()
 
     def _merge_if_many(self) -> None:
+        """Merge pieces that may not be sent yet; what stays as it is does no harm.
+
+        In particular a disk that is full must not put off what would make room on it.
+        """
         outgrown = self._capture.outgrows_database()
         if outgrown or len(self._capture.state.pieces) > MERGE_PIECES:
-            self._capture.merge_pieces(everything=outgrown)
+            try:
+                self._capture.merge_pieces(everything=outgrown)
+            except SpoolError as error:
+                self._progress.last_error = str(error)
 
     def _do_reconcile(self) -> None:
         try:

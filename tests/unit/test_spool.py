@@ -111,6 +111,20 @@ def test_merged_pieces_replace_their_parts(directory: Path) -> None:
     spool.close()
 
 
+def test_a_full_spool_takes_no_piece_but_a_merge(directory: Path) -> None:
+    """What makes room on it must not be kept out because there is none."""
+    spool = Spool.open(directory, SystemClock())
+    for body in (b"12", b"34", b"56"):
+        spool.add_piece(State(lineage="l", position=_position(1)), _piece(2), [body])
+    spool.max_bytes = 5
+    with pytest.raises(SpoolError, match="full"):
+        spool.add_piece(spool.state, _piece(2), [b"78"])
+    spool.replace_pieces(0, 3, [b"56"], 2)
+    assert [_content(spool, piece) for piece in spool.state.pieces] == [b"56"]
+    spool.add_piece(spool.state, _piece(2), [b"78"])
+    spool.close()
+
+
 def test_acknowledged_segments_are_let_go(directory: Path) -> None:
     """Acknowledging drops segments up to the TXID, their files too, and never goes back."""
     spool = Spool.open(directory, SystemClock())
