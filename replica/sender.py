@@ -206,6 +206,7 @@ class Sender:
         if sealed.previous:
             metadata[PREVIOUS_METADATA] = sealed.previous
         if_match = instead_of.etag if instead_of is not None else None
+        conditional = self._conditional  # another thread may learn meanwhile that it cannot be
         began = self._clock.monotonic()
         try:
             self._store.put(
@@ -213,14 +214,15 @@ class Sender:
                 body,
                 timestamp_ms=sealed.timestamp_ms,
                 metadata=metadata,
-                if_absent=self._conditional and instead_of is None,
-                if_match=if_match if self._conditional else None,
+                if_absent=conditional and instead_of is None,
+                if_match=if_match if conditional else None,
             )
         except StoreError as error:
-            if not self._conditional or error.code != "NotImplemented":
+            if not conditional or error.code != "NotImplemented":
                 raise
-            log.warning("%s: %s has no conditional writes", self._name, self._store.url)
-            self._conditional = False
+            if self._conditional:
+                self._conditional = False
+                log.warning("%s: %s has no conditional writes", self._name, self._store.url)
             self._store.put(key, body, timestamp_ms=sealed.timestamp_ms, metadata=metadata)
         return began
 

@@ -9,13 +9,16 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import walship
+from support.databases import WAIT_S, Database, Stores
 from support.litestream import Litestream, Place, in_bucket, in_directory
+from support.recording import Answer, RecordingEndpoint, Request, error_answer, recording_endpoint
 from support.servers import S3Endpoint
 from support.workers import Worker, WorkerError, Workers, rows_of, workers
 from walship.replica.clock import SystemClock
@@ -98,6 +101,109 @@ def _lose(path: Path) -> None:
     """A new machine of the same name: the disk is empty."""
     shutil.rmtree(path.parent)
     path.parent.mkdir()
+
+
+# -- one writer alone -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chance", [(0.3, 0.0), (0.0, 0.3)], ids=["before", "after"])
+def test_lost_requests_and_lost_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chance: tuple[float, float]
+) -> None:
+    """Requests of every kind, lease and segments, get lost or have their answers lost: the writer
+    is never taken for a rival of its own."""
+    stores = Stores(monkeypatch)
+    database = Database(tmp_path, fence_lease=LEASE_S)
+    monkeypatch.setattr("walship.replica.uploader.BACKOFF_FIRST_S", 0.01)
+    monkeypatch.setattr("walship.replica.uploader.BACKOFF_LONGEST_S", 0.02)
+    for _ in range(4):
+        stores.fail(*chance)
+        db = database.connect()
+        db.execute("CREATE TABLE IF NOT EXISTS t (x)")
+        for n in range(25):
+            db.execute("INSERT INTO t VALUES (?)", (n,))
+            database.sync()
+            if n % 8 == 0:
+                database.engine().fence._proof = float("-inf")  # as after an idle time
+        stores.fail(0.0, 0.0)
+        assert database.engine().uploader.fatal is None
+        db.close()
+    assert sum(store.faults["before"] + store.faults["after"] for store in stores.opened) > 40
+    database.assert_replica_equals_file()
+
+
+def _s3(endpoint: RecordingEndpoint, **more: object) -> dict[str, object]:
+    return {
+        "bucket": "bucket",
+        "path": "app",
+        "endpoint": endpoint.url,
+        "access-key-id": "a",
+        "secret-access-key": "b",
+        "sync-interval": 0.0,
+        **more,
+    }
+
+
+def test_an_idle_database_sends_nothing(tmp_path: Path) -> None:
+    """Not for as long as it is idle, lease or no lease; the next commit renews and is shipped."""
+    with recording_endpoint() as endpoint:
+        db = walship.connect(tmp_path / "app.db", _s3(endpoint), fence_lease=LEASE_S)
+        db.execute("CREATE TABLE t (x)")
+        walship.replication(db).sync(WAIT_S)
+        before = len(endpoint.requests)
+        time.sleep(1.5 * LEASE_S)
+        assert len(endpoint.requests) == before
+        assert walship.replication(db).status().fence == "idle"
+        db.execute("INSERT INTO t VALUES (1)")
+        walship.replication(db).sync(WAIT_S)
+        txid = f"{walship.replication(db).status().txid:016x}"
+        sent = [request.path.rpartition("/")[2] for request in endpoint.requests[before:]]
+        assert sent == [LEASE_KEY, f"{txid}-{txid}.ltx"]
+        assert walship.replication(db).status().fence == "held"
+        db.close()
+
+
+CANNOT: dict[str, Callable[[Request], Answer | None]] = {
+    # As the S3 interface of Google Cloud Storage does, and Backblaze.
+    "ignores": lambda request: None,
+    "refuses": lambda request: (
+        error_answer(501, "NotImplemented")
+        if request.method == "PUT" and {"if-match", "if-none-match"} & request.headers.keys()
+        else None
+    ),
+}
+
+
+@pytest.mark.parametrize("how", CANNOT)
+def test_a_store_without_conditional_writes(
+    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """auto says so once and goes on; required refuses to start; off does not even try."""
+    with recording_endpoint() as endpoint:
+        endpoint.answer = CANNOT[how]
+        endpoint.ignores_conditions = how == "ignores"
+        for name in ("a", "b"):  # nobody waits for a lease there
+            path = tmp_path / name / "app.db"
+            path.parent.mkdir()
+            db = walship.connect(path, _s3(endpoint))
+            db.execute("CREATE TABLE IF NOT EXISTS t (x)")
+            for n in range(3):
+                db.execute("INSERT INTO t VALUES (?)", (n,))
+                walship.replication(db).sync(WAIT_S)
+            assert walship.replication(db).status().fence == "none"
+            db.close()
+        told = [r for r in caplog.records if "cannot keep a second writer out" in r.message]
+        assert len(told) == 2  # one for each
+        assert "cannot replicate" not in caplog.text
+        with pytest.raises(walship.RefusedError, match=r"fence: required.*walship doctor"):
+            walship.connect(tmp_path / "a" / "app.db", _s3(endpoint), fence="required")
+        before = len(endpoint.requests)
+        with contextlib.closing(
+            walship.connect(tmp_path / "c.db", _s3(endpoint, path="c"), fence="off")
+        ) as db:
+            db.execute("CREATE TABLE t (x)")
+            walship.replication(db).sync(WAIT_S)
+        assert not any(request.path.endswith(LEASE_KEY) for request in endpoint.requests[before:])
 
 
 # -- one after the other --------------------------------------------------------------------------

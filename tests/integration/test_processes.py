@@ -28,7 +28,8 @@ def _uploader(some: list[Worker]) -> Worker:
 
 def _full_copies(fleet: Workers) -> int:
     """How often any of them has shipped the whole database."""
-    return sum(worker.log().count("full copy as txid") for worker in fleet.all)
+    logs = [worker.log() for worker in fleet.all]
+    return sum(log.count("full copy as txid") + log.count("pages differ") for log in logs)
 
 
 def _pipes(database: Database) -> list[Path]:

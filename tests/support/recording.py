@@ -80,6 +80,7 @@ class RecordingEndpoint:
         requests: everything received, in order.
         objects: content and metadata headers by ``bucket/key``.
         answer: if set, asked first; None from it means: answer as usual.
+        ignores_conditions: puts succeed whatever If-Match and If-None-Match say.
         connections: how many were made.
 
     Args:
@@ -88,6 +89,7 @@ class RecordingEndpoint:
 
     def __init__(self, certificate: Path | None = None) -> None:
         self.connections = 0
+        self.ignores_conditions = False
         self.requests: list[Request] = []
         self.objects: dict[str, tuple[bytes, dict[str, str]]] = {}
         self.uploads: dict[str, dict[int, bytes]] = {}
@@ -190,9 +192,12 @@ class RecordingEndpoint:
         return _ranged(content, headers, request.headers.get("range"))
 
     def _put(self, request: Request, path: str, content: bytes) -> Answer:
-        if request.headers.get("if-none-match") == "*" and path in self.objects:
-            return error_answer(412, "PreconditionFailed")
+        absent = request.headers.get("if-none-match")
         expected = request.headers.get("if-match")
+        if self.ignores_conditions:
+            absent = expected = None
+        if absent == "*" and path in self.objects:
+            return error_answer(412, "PreconditionFailed")
         if expected is not None and path not in self.objects:
             return error_answer(404, "NoSuchKey")
         if expected is not None and expected != _etag(self.objects[path][0]):
