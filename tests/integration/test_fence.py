@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import shutil
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -435,3 +436,56 @@ def test_two_hosts_fight(hosts: Hosts, litestream: Path, tmp_path: Path) -> None
     assert rows_of(hosts.restore()) == expected
     other = Litestream(litestream, tmp_path, tmp_path / "app.db", hosts.place)
     assert rows_of(other.restore(tmp_path / "by-litestream.db")) == expected
+
+
+# -- Litestream, which asks nobody ----------------------------------------------------------------
+
+
+def _write_plainly(path: Path, first: int, count: int) -> None:
+    """Rows of a program that knows nothing of walship."""
+    db = sqlite3.connect(path, timeout=10, isolation_level=None)
+    for n in range(first, first + count):
+        db.execute("INSERT INTO rows VALUES ('plain', ?, randomblob(50))", (n,))
+        time.sleep(0.02)
+    db.close()
+
+
+@pytest.mark.parametrize("first", ["walship", "litestream"])
+def test_litestream_as_the_second_writer(
+    fleet: Workers, tmp_path: Path, minio_server: S3Endpoint, litestream: Path, first: str
+) -> None:
+    """Two machines, one with walship and one with Litestream, in either order: walship is told and
+    stops, and the replica can be restored."""
+    hosts = Hosts(fleet, tmp_path, in_bucket(minio_server))
+    a = hosts.start("a", fence_lease=30.0)
+    a.run("insert(5)")
+    other = Litestream(litestream, tmp_path, tmp_path / "other.db", hosts.place)
+    if first == "litestream":
+        a.run("close()")
+    other.restore(other.database)
+    with other.replicating():
+        _write_plainly(other.database, 1, 5)
+        if first == "litestream":
+            while ("plain", 5) not in rows_of(hosts.restore()):
+                time.sleep(0.1)
+            assert _refused(a, "open()").kind == "ContinuityError"  # its disk is behind
+            a = hosts.start("b", fence_lease=30.0)
+        # What Litestream has written over an object of ours is found by looking back.
+        a.run("import walship.replica.uploader as uploader; uploader._LOOK_BACK_S = 1.0")
+        for n in range(200):
+            _write_plainly(other.database, 10 + n, 1)
+            try:
+                a.run("insert()")
+            except WorkerError as caught:
+                error = caught
+                break
+        else:
+            raise AssertionError("nobody told walship")
+        assert error.kind == "FencedError"
+        assert "Litestream, perhaps" in error.text
+        assert _refused(a, "insert()").kind == "FencedError"
+        _write_plainly(other.database, 1000, 5)
+        plain = rows_of(other.database)
+        while not plain <= rows_of(hosts.restore()):
+            time.sleep(0.1)
+    assert rows_of(hosts.restore()) == plain
