@@ -187,7 +187,7 @@ def record(
         capture_output=True,
         timeout=_LIMIT_S,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert child.returncode == 0, child.stderr.decode()
     events: list[Event] = pickle.loads((root / "record").read_bytes())
