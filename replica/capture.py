@@ -394,10 +394,16 @@ class Capture:
 
     def _discontinue(self, reason: str) -> None:
         self._unrecorded = reason
-        with contextlib.suppress(SpoolError):
-            state = replace(self._unproven(), resync=reason)
-            self._spool.record(state, durable=False, drop_pieces=True)
+        try:
+            self._spool.record(replace(self._unproven(), resync=reason), drop_pieces=True)
             self._unrecorded = None
+        except SpoolError:
+            # The record still says what does not hold any more.  The file's times will tell, once
+            # they are on the disk: SQLite's syncs leave them out.
+            fd = self._port.descriptor()
+            if fd is not None:
+                with contextlib.suppress(OSError):
+                    self._files.sync_all(fd)
 
     # -- the gate -----------------------------------------------------------------------------
 
