@@ -53,14 +53,20 @@ LIVES: dict[str, Script] = {
         settings={"shutdown_sync_timeout": "0.05s", "open_timeout": "0.05s"},
     ),
     "full spool": Script(
-        steps="commit:2 sync away commit:2 checkpoint:RESTART commit:2 checkpoint:RESTART commit "
-        "checkpoint:TRUNCATE commit reopen commit checkpoint:RESTART commit back sync commit sync "
+        steps="commit:2 touch sync away commit:2 checkpoint:TRUNCATE touch checkpoint:RESTART "
+        "commit:2 checkpoint:RESTART commit checkpoint:TRUNCATE commit reopen commit checkpoint:RESTART commit back sync commit sync "
         "checkpoint:TRUNCATE commit sync close",
         settings={
             "max_spool_bytes": "3KB",
             "shutdown_sync_timeout": "0.05s",
             "open_timeout": "0.05s",
         },
+    ),
+    "full disk": Script(
+        steps="commit:2 touch sync checkpoint:TRUNCATE touch full checkpoint:RESTART commit:2 room "
+        "sync commit sync checkpoint:TRUNCATE commit:2 full checkpoint:TRUNCATE commit room sync "
+        "commit:3 full reopen commit room sync close",
+        settings={"shutdown_sync_timeout": "0.05s", "open_timeout": "0.05s"},
     ),
     "others": Script(
         steps="commit:2 sync commit other:PASSIVE commit sync commit other:RESTART commit:2 sync "

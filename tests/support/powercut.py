@@ -208,7 +208,8 @@ class Replay:
             raise Violation(
                 f"{error!r} after operation {index} of {len(recording.events)}, {last}; left: "
                 f"{left.value}; seed {seed}, script: {recording.script}; again with\n"
-                f"    {sys.executable} {__file__} {_keep(recording)} {index} {left.name} {seed}"
+                f"    PYTHONPATH={Path(__file__).parents[1]} {sys.executable} {__file__} "
+                f"{_keep(recording)} {index} {left.name} {seed}"
             ) from error
 
     def _check(

@@ -52,7 +52,7 @@ from walship.replica import capture, host, spool, uploader
 from walship.replica.files import Files
 from walship.replica.frames import WalReader
 from walship.replica.spool import Spool
-from walship.replica.sqlite import Published, SqlitePort
+from walship.replica.sqlite import Published, SpoolError, SqlitePort
 from walship.replica.store import local
 from walship.replica.uploader import Uploader
 from walship.vfs import files, replicating
@@ -65,6 +65,7 @@ REPLICA: Final = "replica"
 #: Where the store in memory says it is.
 URL: Final = "s3://bucket/app"
 _LIMIT_S: Final = 120.0
+_append = Spool._append
 #: First pause after a failed upload, seconds.
 _BACKOFF_S: Final = 0.02
 #: A VFS that records and does nothing else: for connections of "other programs".
@@ -602,7 +603,9 @@ class _Child:
     ghosts                  a transaction that is rolled back leaves many frames in the WAL
     tight                   from now on transactions write to the WAL early
     vacuum                  VACUUM
+    touch                   a commit that is no part of the history, and changes no size
     away, back              the store fails (each engine tries once), works
+    full, room              the disk takes no more records, takes them again
     lose:N                  the answers to the next N puts get lost
     slow                    from now on every other put takes its time, so that later ones overtake
     reopen                  close and connect
@@ -715,6 +718,9 @@ class _Child:
     def vacuum(self) -> None:
         self.connection.execute("VACUUM")
 
+    def touch(self) -> None:
+        self.connection.execute("REPLACE INTO ballast VALUES (1000, randomblob(100))")
+
     def away(self) -> None:
         self.store.away = True
         uploader.BACKOFF_FIRST_S = _LIMIT_S  # type: ignore[misc]
@@ -725,6 +731,15 @@ class _Child:
         found = registry.engine(canonical(self.path))
         assert found is not None
         found.uploader.retry_now()
+
+    def full(self) -> None:
+        def failing(*_: Any, **__: Any) -> None:
+            raise SpoolError("no space left on the disk")
+
+        Spool._append = failing  # type: ignore[method-assign]
+
+    def room(self) -> None:
+        Spool._append = _append  # type: ignore[method-assign]
 
     def lose(self, times: str) -> None:
         self.store.lost = int(times)
