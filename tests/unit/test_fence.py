@@ -116,6 +116,24 @@ def test_it_holds_for_two_thirds_of_the_lease(world: World) -> None:
     assert fence.holds()
 
 
+def test_nothing_is_sent_on_a_lease_that_may_have_run_out(world: World) -> None:
+    """Whoever slept for longer than the lease asks first; one that was taken over learns it."""
+    fence = world.fence("a")
+    fence.acquire()
+    world.clock.advance(LEASE_S - 1)
+    renewals = world.lease.renewals
+    fence.ensure()
+    assert world.lease.renewals == renewals
+    world.clock.advance(1)
+    fence.ensure()
+    assert world.lease.renewals == renewals + 1
+    assert fence.holds()
+    world.clock.advance(LEASE_S + 3)
+    world.fence("b").acquire()
+    with pytest.raises(FencedError, match="taken over by b"):
+        fence.ensure()
+
+
 def test_another_host_is_refused_while_the_owner_lives(world: World) -> None:
     """The owner is named, with how long ago it was seen; nothing is changed."""
     world.fence("a").acquire()
