@@ -37,6 +37,9 @@ __all__ = [
     "SpoolError",
     "SqlitePort",
     "connections_to",
+    "descriptors_on",
+    "is_asynchronous",
+    "refuse_asynchronous",
     "require_sqlite",
 ]
 
@@ -121,10 +124,14 @@ def require_sqlite() -> None:
 def connections_to(path: str) -> int:
     """How many open connections of this library (any VFS) may have ``path`` as a database.
 
-    A connection that another thread is using cannot be asked, and counts.
+    One that cannot be asked counts: because another thread is using it, or because it is
+    asynchronous and answers its own thread only.
     """
     count = 0
     for connection in apsw.connections():
+        if is_asynchronous(connection):
+            count += 1
+            continue
         try:
             names = connection.db_names()
             count += sum(1 for name in names if connection.db_filename(name) == path)
@@ -132,6 +139,38 @@ def connections_to(path: str) -> int:
             count += 1
         except apsw.Error:
             continue  # closed meanwhile
+    return count
+
+
+def is_asynchronous(connection: apsw.Connection) -> bool:
+    """Whether a connection is one of ``apsw.Connection.as_async``: what it returns is awaited."""
+    return bool(getattr(connection, "is_async", False))
+
+
+def refuse_asynchronous(connection: apsw.Connection, instead: str) -> None:
+    """Refuse a connection that gives coroutines for answers.
+
+    Raises:
+        RefusedError: saying what to do instead.
+    """
+    if is_asynchronous(connection):
+        raise RefusedError(f"an asynchronous connection cannot be used here: {instead}")
+
+
+def descriptors_on(file: os.stat_result) -> int | None:
+    """How many descriptors of this process are on a file; None where the system does not tell."""
+    directory = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
+    try:
+        numbers = [int(name) for name in os.listdir(directory)]
+    except (OSError, ValueError):
+        return None
+    count = 0
+    for number in numbers:
+        try:
+            status = os.fstat(number)
+        except OSError:
+            continue  # the one that listed the directory
+        count += (status.st_dev, status.st_ino) == (file.st_dev, file.st_ino)
     return count
 
 
@@ -408,7 +447,7 @@ class SqlitePort:
     def release(self) -> None:
         """Close everything for good; the descriptor for locks only where that harms nobody."""
         self.close()
-        if self._watch >= 0 and connections_to(self.path) == 0:
+        if self._watch >= 0 and descriptors_on(os.fstat(self._watch)) == 1:
             os.close(self._watch)
             self._watch = -1
 

@@ -15,7 +15,7 @@ from walship.replica.config import database_settings, default_replica, load_conf
 from walship.replica.engine import Engine, Status
 from walship.replica.errors import ClosedError, ConfigError, ReplicaError
 from walship.replica.settings import DatabaseSettings, ReplicaSettings
-from walship.replica.sqlite import RefusedError, require_sqlite
+from walship.replica.sqlite import RefusedError, refuse_asynchronous, require_sqlite
 
 from .durable import make_durable
 from .registry import VFS_NAME, canonical, registry
@@ -244,8 +244,10 @@ def replication(database: apsw.Connection | str | os.PathLike[str]) -> Replicati
 
     Raises:
         ClosedError: the database is not open here, or has no replica.
+        RefusedError: the connection is asynchronous; give the path.
     """
     if isinstance(database, apsw.Connection):
+        refuse_asynchronous(database, "give the path of its database")
         path = database.db_filename("main")
     else:
         path = canonical(database)

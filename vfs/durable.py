@@ -16,7 +16,7 @@ import apsw
 
 from walship.replica.clock import SystemClock
 from walship.replica.engine import Engine
-from walship.replica.sqlite import RefusedError
+from walship.replica.sqlite import RefusedError, refuse_asynchronous
 
 from .commits import collect
 from .registry import registry
@@ -94,13 +94,15 @@ class durable:
         timeout: seconds; None waits as long as it takes.
 
     Raises:
-        RefusedError: the connection is in a transaction already, which would wait for itself.
+        RefusedError: the connection is in a transaction already, which would wait for itself, or
+            is asynchronous.
         NotYetReplicated: (at the end) the time ended first; the commit is local and will be
             shipped.
         ReplicaError: (at the end) it can never be shipped; the message says why.
     """
 
     def __init__(self, connection: apsw.Connection, timeout: float | None = None) -> None:
+        refuse_asynchronous(connection, "commit, then `await walship.aio.wait(path)`")
         self._connection = connection
         self._timeout = timeout
         self._collecting = collect()

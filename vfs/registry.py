@@ -22,7 +22,12 @@ from walship.replica.engine import Engine, restore_if_missing
 from walship.replica.errors import ConfigError, ReplicaError
 from walship.replica.host import Host
 from walship.replica.settings import DatabaseSettings
-from walship.replica.sqlite import RefusedError, connections_to
+from walship.replica.sqlite import (
+    RefusedError,
+    connections_to,
+    descriptors_on,
+    is_asynchronous,
+)
 
 from .files import MainFile
 
@@ -238,7 +243,7 @@ class Registry:
         self._exiting = True
         for connection in apsw.connections():
             with contextlib.suppress(apsw.Error):
-                if connection.open_vfs == VFS_NAME:
+                if connection.open_vfs == VFS_NAME and not is_asynchronous(connection):
                     connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
 
     def _before_fork(self) -> None:
@@ -300,19 +305,8 @@ def refuse_foreign_library(path: str) -> None:
     """
     if "_sqlite3" not in sys.modules or not os.path.exists(path):
         return
-    wanted = os.stat(path)
-    try:
-        names = os.listdir("/proc/self/fd")
-    except OSError:
-        return
-    found = 0
-    for number in names:
-        try:
-            status = os.fstat(int(number))
-        except OSError:
-            continue
-        found += (status.st_dev, status.st_ino) == (wanted.st_dev, wanted.st_ino)
-    if found > connections_to(path):
+    found = descriptors_on(os.stat(path))
+    if found is not None and found > connections_to(path):
         raise RefusedError(
             f"{path} is already open in this process, it seems through the standard sqlite3 "
             "module: two SQLite libraries on one file break its locks; close it there first"
@@ -323,11 +317,14 @@ def close_inherited(connection: apsw.Connection, path: str) -> bool:
     """After a fork: close a connection of the parent's without touching its WAL.
 
     Returns:
-        False if it is in a transaction: then nothing in this process may open the path.
+        False if it is in a transaction, or asynchronous, so that only a thread could tell which
+            this process does not have: then nothing in it may open the path.
     """
     try:
         if connection.open_vfs != VFS_NAME:
             return True
+        if is_asynchronous(connection):
+            return False
         if path not in [connection.db_filename(name) for name in connection.db_names()]:
             return True
         if connection.in_transaction:

@@ -19,7 +19,7 @@ from types import TracebackType
 import apsw
 
 from walship.replica.engine import Engine
-from walship.replica.sqlite import RefusedError
+from walship.replica.sqlite import RefusedError, refuse_asynchronous
 from walship.vfs.commits import collect
 from walship.vfs.connection import replication
 
@@ -69,12 +69,13 @@ class durable:
         timeout: seconds; None waits as long as it takes.
 
     Raises:
-        RefusedError: the connection is in a transaction already.
+        RefusedError: the connection is in a transaction already, or is asynchronous.
         NotYetReplicated: (at the end) the time ended first; the commit is local and will be
             shipped.
     """
 
     def __init__(self, connection: apsw.Connection, timeout: float | None = None) -> None:
+        refuse_asynchronous(connection, "commit, then `await walship.aio.wait(path)`")
         self._connection = connection
         self._timeout = timeout
         self._collecting = collect()
