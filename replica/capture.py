@@ -54,7 +54,7 @@ from .spool import (
     State,
     WalPosition,
 )
-from .sqlite import ReadView, SpoolError, SqlitePort
+from .sqlite import ReadView, RefusedError, SpoolError, SqlitePort
 
 __all__ = ["Capture", "TailLost"]
 
@@ -558,7 +558,9 @@ class Capture:
     def drain(self) -> None:
         """Seal everything committed in the current WAL; it stays where it is.
 
-        Never raises for the database's or the network's sake; `SpoolError` for a full disk.
+        Raises:
+            SpoolError: the disk is full.
+            RefusedError: the wal-index cannot be read just now.
         """
         with self.mutex:
             if self.full_copy_reason is not None and not self.state.copying:
@@ -785,6 +787,7 @@ class Capture:
                 sink = SegmentSink(self._spool, hashed=True)
             try:
                 is_needed = fill(batch, header, sink, view)
+                view.verify()
                 body = sink.finish()
             except BaseException:
                 sink.abandon()
@@ -918,6 +921,7 @@ class Capture:
                 if other.tell() != (pgno - 1) * page_size:
                     other.seek((pgno - 1) * page_size)
                 same = pgno == locked or other.read(page_size) == page
+            view.verify()
         with self.mutex:
             after = self._settled_after_copy(page_size, batch.commit)
             if after is None:
@@ -1032,6 +1036,8 @@ class Capture:
             return None  # a gate was passed, and what it lets happen is not visible yet
         published = self._port.published()
         if published is None:
+            if not self._port.is_shut:
+                raise RefusedError(f"SQLite's wal-index cannot be read: {self._port.trouble}")
             self.more = self._is_unsettled(position, header)
             return None
         if published.mx_frame == 0 and (position.frame or self._refused == header.salts):

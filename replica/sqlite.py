@@ -54,6 +54,14 @@ _SHARED_SIZE: Final = 510
 
 #: Attempts at the wal-index: a torn header or a busy recovery lock clears within microseconds.
 _PROBE_ATTEMPTS: Final = 200
+#: What goes by: somebody else had a lock or the connection, or closed it.
+_PASSING: Final = (
+    apsw.BusyError,
+    apsw.CantOpenError,
+    apsw.ConnectionClosedError,
+    apsw.LockedError,
+    apsw.ThreadingViolationError,
+)
 #: Attempts at a read mark between two commits, before writers are kept out for it.
 _QUIET_ATTEMPTS: Final = 10
 
@@ -183,7 +191,10 @@ class ReadView:
             meanwhile, so the WAL must not be read.
     """
 
-    def __init__(self, descriptor: int, mx_frame: int, main_only: bool) -> None:
+    def __init__(
+        self, connection: apsw.Connection, descriptor: int, mx_frame: int, main_only: bool
+    ) -> None:
+        self._connection = connection
         self._descriptor = descriptor
         self.mx_frame = mx_frame
         self.main_only = main_only
@@ -191,6 +202,22 @@ class ReadView:
     def read_main(self, offset: int, length: int) -> bytes:
         """``length`` bytes of the main file at ``offset``; zeros stand in past its end."""
         return _read_main(self._descriptor, offset, length)
+
+    def verify(self) -> None:
+        """Make sure that the mark was held until now, before what was read is used.
+
+        Raises:
+            RefusedError: the application has closed the connection, or ended its transaction.
+        """
+        try:
+            is_held = self._connection.in_transaction
+        except (apsw.ConnectionClosedError, apsw.ThreadingViolationError):
+            is_held = False
+        if not is_held:
+            raise RefusedError(
+                "the application used or closed a connection of walship's own (apsw.connections() "
+                "lists them too) while the database was copied"
+            )
 
 
 class SqlitePort:
@@ -206,6 +233,8 @@ class SqlitePort:
         self._probe_lock = threading.Lock()
         self._probe: apsw.Connection | None = None
         self._shut = False
+        #: Why the wal-index could not be had last.
+        self.trouble = ""
         # Held while a read view is open, so that the last close can let it end first.
         self._view_lock = threading.Lock()
         self._paused_view = False
@@ -213,14 +242,28 @@ class SqlitePort:
         # Every connection of ours that may be open, for a forked child to close.
         self._owned: weakref.WeakSet[apsw.Connection] = weakref.WeakSet()
 
-    def _open(self) -> apsw.Connection:
-        flags = apsw.SQLITE_OPEN_READWRITE
-        connection = apsw.Connection(self.path, flags=flags, vfs=_default_vfs())
+    def _open(self, flags: int = apsw.SQLITE_OPEN_READONLY) -> apsw.Connection:
+        # The application's connection hooks run for ours too.  What they would write (`PRAGMA
+        # optimize` does) would come past the gate, so they find a connection that cannot.
+        try:
+            connection = apsw.Connection(self.path, flags=flags, vfs=_default_vfs())
+        except apsw.Error:
+            raise
+        except Exception as error:
+            raise RefusedError(
+                f"a hook in apsw.connection_hooks failed for a connection of walship's own, which "
+                f"only reads: {error!r}"
+            ) from error
         self._owned.add(connection)
         connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         connection.set_busy_timeout(0)
         connection.wal_autocheckpoint(0)
         return connection
+
+    @property
+    def is_shut(self) -> bool:
+        """Whether nothing may be opened: the last connection of the application is closing."""
+        return self._shut
 
     def open(self) -> None:
         """Allow connections again after `close`."""
@@ -238,17 +281,31 @@ class SqlitePort:
             if self._shut:
                 return None
             try:
-                if self._probe is None:
-                    self._probe = self._open()
                 self._open_descriptor()
-                return _ask(self._probe)
-            except (apsw.CantOpenError, apsw.BusyError, OSError):
+                self.trouble = "it is in use, or not there"
+                return self._ask_probe()
+            except (apsw.Error, OSError) as error:
+                self.trouble = str(error)
                 return None
 
     def read_main(self, offset: int, length: int) -> bytes:
         """Bytes of the main file as they are now, zeros past its end; any thread."""
         with self._probe_lock:
             return _read_main(self._open_descriptor(), offset, length)
+
+    def _ask_probe(self) -> Published | None:
+        """Ask through the probe, opened if need be.  Call with `_probe_lock` held.
+
+        The application finds our connections in ``apsw.connections()``, and may close or use them.
+        """
+        for _ in range(_PROBE_ATTEMPTS):
+            try:
+                if self._probe is None:
+                    self._probe = self._open()
+                return _ask(self._probe)
+            except (apsw.ConnectionClosedError, apsw.ThreadingViolationError):
+                self._probe = None  # another one is had sooner than its use ends
+        raise apsw.BusyError("others use walship's connections all the time")
 
     def _open_descriptor(self) -> int:
         """Our descriptor on the main file.  Call with `_probe_lock` held.
@@ -280,7 +337,12 @@ class SqlitePort:
                 return False  # only an open connection in WAL mode is sure to hold one
             query = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _SHARED_FIRST, _SHARED_SIZE, 0)
             answer = fcntl.fcntl(self._watch, fcntl.F_OFD_GETLK, query)
-            return bool(_FLOCK.unpack(answer)[0] == fcntl.F_UNLCK)
+            if _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
+                return False
+            try:
+                return isinstance(self._probe.in_transaction, bool)
+            except apsw.ConnectionClosedError:
+                return False  # by the application, and its lock is gone rightly
 
     def pause_views(self, wait_s: float) -> None:
         """Keep other threads from opening read views until `resume`: the process is forking.
@@ -327,7 +389,7 @@ class SqlitePort:
         with self._view_lock:
             try:
                 reader = self._open() if self.published() is not None else None
-            except (apsw.CantOpenError, apsw.BusyError):
+            except _PASSING:
                 reader = None
             if reader is None:
                 yield None
@@ -347,7 +409,7 @@ class SqlitePort:
                 if view is not None:
                     return view
             return self._mark_without_writers(reader, asker, observe)
-        except (apsw.BusyError, apsw.LockedError):
+        except _PASSING:
             return None
         finally:
             asker.close(True)
@@ -372,7 +434,7 @@ class SqlitePort:
             return True
 
         if observe(before[1].mx_frame, is_still):
-            return ReadView(self._watch, before[1].mx_frame, main_only)
+            return ReadView(reader, self._watch, before[1].mx_frame, main_only)
         reader.execute("ROLLBACK")
         return None
 
@@ -396,7 +458,7 @@ class SqlitePort:
 
         One without a busy timeout is told that the database is locked, so this comes last.
         """
-        locker = self._open()
+        locker = self._open(apsw.SQLITE_OPEN_READWRITE)
         try:
             locker.execute("BEGIN IMMEDIATE")
             _begin_reading(reader)
@@ -406,7 +468,7 @@ class SqlitePort:
             if published is None or not usable:
                 return None
             main_only = published.n_backfill == published.mx_frame
-            return ReadView(self._watch, published.mx_frame, main_only)
+            return ReadView(reader, self._watch, published.mx_frame, main_only)
         finally:
             locker.close(True)
 
