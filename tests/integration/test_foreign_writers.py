@@ -92,3 +92,21 @@ def test_a_commit_that_leaves_no_wal(then: str, database: Database) -> None:
             connection.execute("INSERT INTO t VALUES (2)")
         database.assert_replica_equals_now()
     database.assert_replica_equals_file()
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_wal_of_another_program_comes_and_goes(looks: bool, database: Database) -> None:
+    """What it commits, checkpoints and truncates between two looks of ours arrives."""
+    with database.opened(sync_interval=3600.0) as connection:
+        connection.execute("CREATE TABLE t (x); CREATE TABLE u (x)")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        database.sync()
+        statements = ("INSERT INTO u VALUES (1)", "PRAGMA wal_checkpoint(TRUNCATE)")
+        _foreign(database.path, *statements)
+        if looks:
+            database.assert_replica_equals_now()
+        connection.execute("INSERT INTO t VALUES (2)")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        connection.execute("INSERT INTO t VALUES (3)")
+        database.assert_replica_equals_now()
+    database.assert_replica_equals_file()
