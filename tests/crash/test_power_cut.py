@@ -54,7 +54,8 @@ LIVES: dict[str, Script] = {
     ),
     "full spool": Script(
         steps="commit:2 touch sync away commit:2 checkpoint:TRUNCATE touch checkpoint:RESTART "
-        "commit:2 checkpoint:RESTART commit checkpoint:TRUNCATE commit reopen commit checkpoint:RESTART commit back sync commit sync "
+        "commit:2 checkpoint:RESTART commit checkpoint:TRUNCATE commit reopen commit "
+        "checkpoint:RESTART commit back sync commit sync "
         "checkpoint:TRUNCATE commit sync close",
         settings={
             "max_spool_bytes": "3KB",
