@@ -238,10 +238,10 @@ def _run(words: Sequence[str], clock: Clock) -> int:
         _say(_one_line(error) + _hint(words))
         return _exit_code(error)
     except _Terminated:
-        _say("terminated; nothing was changed")
+        _say("terminated; no database or replica was changed")
         return EXIT_TERMINATED
     except KeyboardInterrupt:
-        _say("interrupted; nothing was changed")
+        _say("interrupted; no database or replica was changed")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has seen enough.  Nothing must be flushed into the pipe later.

@@ -141,13 +141,14 @@ class Bench:
         pool = ThreadPoolExecutor(WRITERS, "walship-doctor")
         try:
             yield pool
-        except KeyboardInterrupt:
-            log.warning("interrupted: waiting for the answers to what was asked")
-            raise
-        finally:
+        except BaseException as error:
             self.abandoned = True
+            if isinstance(error, KeyboardInterrupt):
+                log.warning("waiting for answers, to leave nothing behind (once more to give up)")
             pool.shutdown(cancel_futures=True)
             self.abandoned = False
+            raise
+        pool.shutdown()
 
 
 def together(pool: ThreadPoolExecutor, work: Callable[[int], _T]) -> list[_T]:
