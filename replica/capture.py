@@ -394,8 +394,15 @@ class Capture:
 
     def _discontinue(self, reason: str) -> None:
         self._unrecorded = reason
+        self._record_loss()
+
+    def _record_loss(self) -> None:
+        """Record that continuity is lost, if it is not recorded yet."""
+        if self._unrecorded is None:
+            return
         try:
-            self._spool.record(replace(self._unproven(), resync=reason), drop_pieces=True)
+            state = replace(self._unproven(), resync=self._unrecorded)
+            self._spool.record(state, drop_pieces=True)
             self._unrecorded = None
         except SpoolError:
             # The record still says what does not hold any more.  The file's times will tell, once
@@ -458,8 +465,10 @@ class Capture:
     ) -> None:
         """Seal the rest of the WAL on disk and record what comes after it, in one record."""
         state = self.state
-        if self.full_copy_reason is not None and not state.copying:
-            return  # nothing is continuous yet: the full copy will read whatever is there then
+        if self._unrecorded is not None or (state.resync and not state.copying):
+            # Nothing is continuous yet: the full copy will read whatever is there then.
+            self._record_loss()
+            return
         batch: Batch | None = None
         header = self._wal.header()
         old = self._locate(header)
@@ -1004,7 +1013,7 @@ class Capture:
     def _settled_after_copy(self, page_size: int, commit: int) -> State | None:
         """The state after all pages were read; None if continuity was lost again meanwhile."""
         now = self.state
-        if not now.copying:
+        if not now.copying or self._unrecorded is not None:
             return None
         self._wal.sync()  # nothing may be in the replica that a power cut here can take back
         now = replace(now, copying=False, page_size=page_size, resync="", suspect=False)
