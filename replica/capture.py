@@ -156,6 +156,12 @@ class Capture:
         """Why only `resync` can come next; None while the history is continuous."""
         return self._unrecorded or self._spool.state.resync or None
 
+    @property
+    def _awaits_copy(self) -> bool:
+        """Nothing need be sealed: a full copy will read whatever is there when it begins."""
+        state = self._spool.state
+        return self._unrecorded is not None or bool(state.resync and not state.copying)
+
     # -- opening ------------------------------------------------------------------------------
 
     def prove(self) -> None:
@@ -465,8 +471,7 @@ class Capture:
     ) -> None:
         """Seal the rest of the WAL on disk and record what comes after it, in one record."""
         state = self.state
-        if self._unrecorded is not None or (state.resync and not state.copying):
-            # Nothing is continuous yet: the full copy will read whatever is there then.
+        if self._awaits_copy:
             self._record_loss()
             return
         batch: Batch | None = None
@@ -572,7 +577,7 @@ class Capture:
             RefusedError: the wal-index cannot be read just now.
         """
         with self.mutex:
-            if self.full_copy_reason is not None and not self.state.copying:
+            if self._awaits_copy:
                 return
             found = self._new_frames(limit=False)
             if found is None:

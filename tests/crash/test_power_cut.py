@@ -146,22 +146,25 @@ def _random_life(seed: int) -> Script:
     """Any of the steps in any order that makes sense."""
     rng = random.Random(f"{seed}/life")
     steps = ["commit:2", "sync"]
-    away = held = False
+    away = held = full = False
     for _ in range(24):
         choices = ["commit", "commit", "commit:3", "checkpoint:PASSIVE", "ghosts", "ghosts commit"]
-        choices += ["attempt", "back", "back"] if away else ["sync", "away", "spill", "durable"]
-        choices += ["lose:1 commit sync"] if not away else []
+        choices += ["attempt"] if away or full else ["sync", "spill", "durable"]
+        choices += ["back", "back"] if away else ["away"]
+        choices += ["lose:1 commit sync"] if not (away or full) else []
+        choices += ["touch", "room" if full else "full"] + ["room"] * full
         if held:
             choices += ["release", "release"]
         else:
-            choices += ["hold", "reopen", "vacuum", "other:PASSIVE"]
+            choices += ["hold", "reopen", "vacuum", "foreign", "other:PASSIVE"]
             choices += [f"checkpoint:{mode}" for mode in ("FULL", "RESTART", "TRUNCATE")] * 2
             choices += [rng.choice(("other:RESTART", "other:TRUNCATE"))]
         step = rng.choice(choices)
         away = step == "away" or (away and step != "back")
+        full = step == "full" or (full and step != "room")
         held = step == "hold" or (held and step != "release")
         steps.append(step)
-    steps += ["release"] * held + ["back"] * away + ["commit", "sync", "close"]
+    steps += ["release"] * held + ["back"] * away + ["room"] * full + ["commit", "sync", "close"]
     settings = {
         "shutdown_sync_timeout": "0.05s",
         "open_timeout": "0.05s",

@@ -493,7 +493,8 @@ class _Recorder:
                 super().__init__(_OTHER, "unix")
 
             def xOpen(self, name: Any, flags: list[int]) -> Any:
-                return Recorded("unix", name, flags)
+                kind = apsw.VFSFile if name is None else Recorded
+                return kind("unix", name, flags)
 
             def xDelete(self, name: str, sync_directory: bool) -> None:
                 super().xDelete(name, sync_directory)
@@ -506,7 +507,8 @@ class _Recorder:
 
         def x_open(self: Any, name: Any, flags: list[int]) -> Any:
             if name is not None and flags[0] & kinds:
-                return Recorded("unix", name, flags)
+                kind = apsw.VFSFile if name is None else Recorded
+                return kind("unix", name, flags)
             file = open_(self, name, flags)
             recorder.opened(file, name)
             return file
@@ -595,6 +597,7 @@ class _Child:
     attempt                 the same, for a moment
     checkpoint:MODE         by this connection
     other:MODE              by a program without the VFS
+    foreign                 a transaction of the history by such a program
     hold, release           a reader keeps its mark, gives it up
     watch, leave            a program without the VFS has it open, and keeps the WAL when this one
                             closes
@@ -665,11 +668,23 @@ class _Child:
     def checkpoint(self, mode: str) -> None:
         self._checkpoint(self.connection, mode)
 
-    def other(self, mode: str) -> None:
+    def _outside(self) -> Any:
         other = apsw.Connection(str(self.path), vfs=_OTHER)
         other.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+        other.execute(f"PRAGMA synchronous = {self.script.synchronous}")
         other.set_busy_timeout(5000)
+        return other
+
+    def other(self, mode: str) -> None:
+        other = self._outside()
         self._checkpoint(other, mode)
+        other.close(True)
+
+    def foreign(self) -> None:
+        other = self._outside()
+        self.history.apply(other, self.n)
+        self.n += 1
+        self.recorder.mark("committed", self.n)
         other.close(True)
 
     def _checkpoint(self, connection: Any, mode: str) -> None:
@@ -683,8 +698,7 @@ class _Child:
         self.reader.execute("SELECT count(*) FROM cells").fetchall()
 
     def watch(self) -> None:
-        self.reader = apsw.Connection(str(self.path), vfs=_OTHER)
-        self.reader.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+        self.reader = self._outside()
         self.reader.execute("SELECT count(*) FROM cells").fetchall()
 
     def leave(self) -> None:
