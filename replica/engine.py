@@ -471,6 +471,8 @@ class Engine:
         while True:
             try:
                 drain()
+                if self.capture.outgrows_database():
+                    self.uploader.merge_soon()
                 return
             except SpoolError as error:
                 if policy == "block" and self._clock.monotonic() < deadline:

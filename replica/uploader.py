@@ -53,7 +53,7 @@ FOLLOW_S: Final = 0.4
 _CHANGE_S: Final = 0.02
 #: Waits after failed requests double from the first to the second, in seconds, with jitter.
 BACKOFF_FIRST_S: Final = 0.2
-BACKOFF_LONGEST_S: Final = 30.0
+BACKOFF_LONGEST_S: Final = 10.0
 #: Waits after a refusal that needs a person (credentials, a missing bucket), in seconds.
 BACKOFF_REFUSED_S: Final = 10.0
 #: Pause before a full copy is tried again that writers were in the way of, seconds.
@@ -215,6 +215,10 @@ class Uploader:
     def _poke(self) -> None:
         with contextlib.suppress(RuntimeError):  # it is awake already
             self._wake.release()
+
+    def merge_soon(self) -> None:
+        """The spool has grown larger than it need be: do not wait for the next tick."""
+        self._poke()
 
     def retry_now(self) -> None:
         """What was in the way is gone: do not sit out the pause."""
@@ -540,7 +544,9 @@ class Uploader:
         """Hand frozen segments to the request threads, oldest first."""
         if self._clock.monotonic() < self._retry_at:
             return
-        for slot in list(self._slots.values())[: self._max_in_flight]:
+        # While there is trouble one request at a time finds out whether it is over.
+        limit = 1 if self._failures else self._max_in_flight
+        for slot in list(self._slots.values())[:limit]:
             if slot.in_flight or slot.done:
                 continue
             slot.in_flight = True
@@ -623,9 +629,9 @@ class Uploader:
         if acked is None:
             return
         self._recovered()  # before it is let go of: what was waiting is said there
-        self._capture.acknowledge(acked.txid)
         self._acked_txid = acked.txid
-        self._waits.acknowledge(acked.txid)
+        self._waits.acknowledge(acked.txid)  # first of all: somebody is waiting
+        self._capture.acknowledge(acked.txid)
         self._look_back()
         self._newest_acked = acked
 
@@ -633,8 +639,10 @@ class Uploader:
         """Note a failure and back off.  One line in the log for each kind of trouble, not for each
         attempt; a hiccup that the second attempt mends is not worth one."""
         now = self._clock.monotonic()
-        self._failures += 1
         self._progress.last_error = str(error)
+        if now < self._retry_at:
+            return self._retry_at - now  # one of several that were under way: it counts once
+        self._failures += 1
         retryable = isinstance(error, StoreError) and error.retryable
         first = BACKOFF_FIRST_S if retryable else BACKOFF_REFUSED_S
         wait = min(BACKOFF_LONGEST_S, first * float(1 << min(self._failures - 1, 10)))
