@@ -80,6 +80,7 @@ class Bucket:
         skew_s: how wrong the store's clock is, seconds.
         page: keys in one page of a listing.
         everything: digest of the newest content under each key, also of those deleted since.
+        watch: called for each object that lands.
     """
 
     runtime: Runtime
@@ -95,6 +96,7 @@ class Bucket:
     under_way: dict[str, int] = field(default_factory=dict)
     pending: dict[int, tuple[str, Callable[[], object]]] = field(default_factory=dict)
     n_requests: int = 0
+    watch: Callable[[str, bytes, Owner], None] = lambda key, body, who: None
     _seq: int = 0
 
     # -- effects ------------------------------------------------------------------------------
@@ -111,6 +113,7 @@ class Bucket:
         metadata: Mapping[str, str],
         if_absent: bool,
         if_match: str | None,
+        who: Owner | None,
     ) -> ObjectInfo:
         found = self.objects.get(key)
         if (if_absent or if_match is not None) and self.conditional == "refused":
@@ -127,7 +130,9 @@ class Bucket:
         etag = hashlib.md5(body).hexdigest()
         self.objects[key] = _Object(body, etag, modified_ms, dict(metadata))
         self.everything[key] = hashlib.sha256(body).hexdigest()
-        self.runtime.note("lands", key, len(body), metadata.get("walship-previous", "")[:6])
+        self.runtime.note("lands", key, len(body))
+        if who is not None:
+            self.watch(key, body, who)
         return ObjectInfo(key, len(body), modified_ms, etag, metadata)
 
     def get(self, key: str) -> _Object:
@@ -200,7 +205,9 @@ class Client:
         content = body.read_bytes() if isinstance(body, Path) else bytes(body)
 
         def effect() -> ObjectInfo:
-            return self._bucket.put(key, content, timestamp_ms, metadata or {}, if_absent, if_match)
+            return self._bucket.put(
+                key, content, timestamp_ms, metadata or {}, if_absent, if_match, self._owner
+            )
 
         conditional = if_absent or if_match is not None
         return self._request("put", key, effect, changes=True, conditional=conditional)
@@ -278,7 +285,8 @@ class Client:
         if bucket.is_away():
             runtime.sleep(rng.choice((0.001, weather.timeout_s)))
             raise failed("the store is away", ambiguous=False)
-        fate = rng.random()
+        # What changes something is what there is to learn from.
+        fate = rng.random() * (1 if changes else 4)
 
         def happens(chance: float) -> bool:
             nonlocal fate

@@ -53,6 +53,7 @@ class Machine:
         self.rate = 1.0 + drift * (2 * rng.random() - 1)
         self.skew_s = rng.choice((0.0, 0.0, 3600.0, -86400.0))
         self.boot = f"boot-{name}"
+        self.disk = name
         self.modified: dict[int, int] = {}  # inode: virtual time of its last change, ns
         self.locks: dict[tuple[int, int], dict[Process, bool]] = {}  # (inode, byte): shared?
         self.pipes: dict[str, _Pipe] = {}
@@ -129,17 +130,20 @@ class Process(Owner):
 
     Attributes:
         kill_in: operations on files until it is killed; None for never.
+        kill_in_commit: it is killed when a commit is in the WAL and not published.
         blocked_ns: virtual time for which it was stopped.
     """
 
     def __init__(self, machine: Machine, number: int, bucket: Bucket, rng: random.Random) -> None:
         super().__init__(f"{machine.name}.{number}")
         self.machine = machine
+        self.boot, self.disk = machine.boot, machine.disk
         self.runtime = machine.runtime
         self.rate = machine.rate
         self.bucket = bucket
         self.rng = rng
         self.kill_in: int | None = None
+        self.kill_in_commit = False
         self.host = _Host(self)
         self.registry = _Registry(self.host)
         self.vfs_name = f"sim-{id(self):x}"
@@ -529,11 +533,16 @@ class _SimMainFile(MainFile):
 class _SimWalFile(WalFile):
     def __init__(self, process: Process, *arguments: Any) -> None:
         self.process = process
+        self._is_last = False  # the frame being written is its transaction's
         super().__init__(*arguments)
 
     def xWrite(self, data: bytes, offset: int) -> None:
         self.process.point()
         super().xWrite(data, offset)
+        if len(data) == 24:
+            self._is_last = bytes(data[4:8]) != bytes(4)
+        elif self._is_last and self.process.kill_in_commit:
+            self.process.kill()
         self.process.point()
 
     def xTruncate(self, size: int) -> None:

@@ -100,13 +100,26 @@ class _Carrier:
 class Runtime:
     """One run.
 
+    Args:
+        rng: decides who is next.
+        preempt: chance that a task is stopped where others could go on.
+        preempt_s: for how long it then is, at most, seconds.
+        limit: of steps, before it counts as endless.
+
     Attributes:
         now_ns: true time, nanoseconds since the run began.
         tokens: of names and nonces, which decide nothing.
         errors: what ended tasks that should not have ended so.
     """
 
-    def __init__(self, rng: random.Random, *, preempt: float = 0.0, limit: int = 200_000) -> None:
+    def __init__(
+        self,
+        rng: random.Random,
+        *,
+        preempt: float = 0.0,
+        preempt_s: float = 0.0,
+        limit: int = 200_000,
+    ) -> None:
         self.rng = rng
         self.tokens = random.Random(rng.random())
         self.now_ns = 0
@@ -115,7 +128,7 @@ class Runtime:
         self.steps = 0
         self.trace: Callable[[str], None] | None = None
         self.fingerprint = 0
-        self._preempt = preempt
+        self._preempt, self._preempt_s = preempt, preempt_s
         self._limit = limit
         self._heap: list[tuple[int, float, int, Task, int, bool]] = []
         self._front: collections.deque[Task] = collections.deque()
@@ -283,7 +296,7 @@ class Runtime:
     def preempt(self) -> None:
         """A point at which others may run."""
         if self._preempt and self.rng.random() < self._preempt:
-            self.block("preempted", 0.0)
+            self.block("preempted", self._preempt_s * self.rng.random())
 
     def _push(self, at_ns: int, task: Task, woken: bool) -> None:
         self._seq += 1

@@ -34,6 +34,7 @@ from walship.replica.errors import (
     RestoreError,
     StoreError,
 )
+from walship.replica.fence import LEASE_KEY, Lease, parse_lease
 from walship.replica.format.ltx import Decoder, Encoder, Header
 from walship.replica.restore import restore
 from walship.replica.settings import DatabaseSettings, ReplicaSettings
@@ -45,7 +46,7 @@ from walship.replica.store.settings import LocalSettings, S3Settings
 from .bucket import Bucket, Client, Weather
 from .history import History, Violation
 from .machine import Machine, Process
-from .runtime import Runtime
+from .runtime import Owner, Runtime
 
 __all__ = ["Outcome", "Profile", "run"]
 
@@ -67,14 +68,16 @@ class Profile:
         machines: that are there from the beginning.
         processes, threads: that use the database on each machine.
         ops: of each thread.
-        chaos: events.
+        chaos, pause_s: events, and the time between two, seconds.
     """
 
+    theme: str = ""
     machines: int = 1
     processes: int = 1
     threads: int = 1
     ops: int = 12
     chaos: int = 6
+    pause_s: float = 2.0
     directory: bool = False
     conditional: str = "yes"
     page_size: int = 512
@@ -88,51 +91,113 @@ class Profile:
     spool_full: str = "resync"
     drift: float = 0.0
     preempt: float = 0.0
+    preempt_s: float = 0.0
+    on_fenced: str = "refuse"
     weather: Weather = field(default_factory=Weather)
     events: tuple[str, ...] = ()
 
     @classmethod
-    def draw(cls, rng: random.Random) -> Profile:
+    def draw(cls, rng: random.Random, theme: str | None = None) -> Profile:
+        """One of the kinds of worlds in which something is to be learnt, with its details."""
+        drawn_theme = rng.choice(tuple(THEMES))
+        theme = theme or drawn_theme
         rough = rng.choice((0.0, 0.02, 0.1, 0.25))
-        weather = Weather(
-            lost=rough * rng.choice((0, 0.5)),
-            silent=rough * rng.choice((0, 1)),
-            late=rough * rng.choice((0, 1)),
-            twice=rough * rng.choice((0, 0.5)),
-            refused=rough * rng.choice((0, 0.5)),
-            slow=rough * rng.choice((0, 1)),
-            latest_s=rng.choice((1.0, 20.0, 120.0)),
-            timeout_s=rng.choice((1.0, 5.0, 30.0)),
-        )
-        machines = rng.choice((1, 1, 2, 2, 3))
-        events = ["kill", "kill-at", "pause", "outage", "check"]
-        events += ["suspend"] * rng.choice((0, 1))
-        events += ["compact"] * rng.choice((0, 0, 1))
-        if rng.random() < 0.6:
-            events += rng.choice((["lose"], ["clone"], ["rewind"], ["lose", "clone", "rewind"]))
-        if rng.random() < 0.15:
-            events.append("foreign")
-        return cls(
-            machines=machines,
-            processes=rng.choice((1, 1, 1, 2, 3)),
-            threads=rng.choice((1, 1, 2)),
-            ops=rng.choice((5, 12, 25)),
-            chaos=rng.choice((0, 3, 8)),
-            directory=rng.random() < 0.15,
+        drawn = cls(
+            theme=theme,
+            ops=rng.choice((4, 10, 25)),
+            chaos=rng.choice((2, 5, 10)),
+            pause_s=rng.choice((0.3, 2.0, 6.0)),
+            directory=rng.random() < 0.12,
             page_size=rng.choice((512, 1024)),
             page=rng.choice((3, 1000)),
             interval_s=rng.choice((0.0, 0.2, 1.0)),
-            lease_s=rng.choice((5.0, 10.0, 30.0)),
-            fence_wait_s=rng.choice((0.0, 0.0, 15.0, 60.0)),
+            lease_s=rng.choice((5.0, 5.0, 10.0, 30.0)),
+            fence_wait_s=rng.choice((0.0, 15.0, 60.0)),
             checkpoint_pages=rng.choice((3, 20, 1000)),
             max_sync_wal_bytes=rng.choice((0, 0, 4096)),
             max_spool_bytes=rng.choice((0, 0, 0, 20_000)),
             spool_full=rng.choice(("resync", "block", "fail")),
+            on_fenced=rng.choice(("refuse", "refuse", "refuse", "local")),
             drift=rng.choice((0.0, 0.1, 0.2)),
             preempt=rng.choice((0.0, 0.01, 0.1)),
-            weather=weather,
-            events=tuple(events),
+            preempt_s=rng.choice((0.0, 0.0, 0.05)),
+            weather=Weather(
+                lost=rough * rng.choice((0, 0.5)),
+                silent=rough * rng.choice((0, 1)),
+                late=rough * rng.choice((0, 1)),
+                twice=rough * rng.choice((0, 0.5)),
+                refused=rough * rng.choice((0, 0.5)),
+                slow=rough * rng.choice((0, 1)),
+                latest_s=rng.choice((1.0, 20.0, 120.0)),
+                timeout_s=rng.choice((0.5, 2.0, 8.0, 30.0)),
+            ),
         )
+        THEMES[theme](drawn, rng)
+        return drawn
+
+
+def _alone(profile: Profile, rng: random.Random) -> None:
+    """One process on one machine: the application is never disturbed."""
+    profile.events = ("kill", "kill-at", "kill-in-commit", "pause", "outage", "check")
+    profile.threads = rng.choice((1, 1, 2))
+    if rng.random() < 0.2:  # a store that cannot keep a second writer out
+        profile.conditional = rng.choice(("ignored", "refused"))
+
+
+def _processes(profile: Profile, rng: random.Random) -> None:
+    """Several processes on one machine: one uploads, until it dies or hangs."""
+    profile.processes = rng.choice((2, 3))
+    profile.threads = rng.choice((1, 1, 2))
+    profile.events = ("kill", "kill", "kill-at", "kill-in-commit", "pause", "outage", "check")
+    if rng.random() < 0.2:
+        profile.events += ("foreign", "foreign")
+
+
+def _fight(profile: Profile, rng: random.Random) -> None:
+    """Several machines, each of which believes to be the one."""
+    profile.machines = rng.choice((2, 3))
+    profile.processes = rng.choice((1, 1, 2))
+    profile.events = ("kill", "kill-at", "pause", "pause", "suspend", "suspend", "outage", "check")
+
+
+def _loss(profile: Profile, rng: random.Random) -> None:
+    """Machines are lost with their disks, or come back with an older one."""
+    profile.machines = rng.choice((1, 2))
+    profile.events = ("kill", "lose", "lose", "rewind", "rewind", "pause", "outage", "check")
+
+
+def _clones(profile: Profile, rng: random.Random) -> None:
+    """Machines are copied while they run."""
+    profile.machines = rng.choice((1, 2))
+    profile.processes = rng.choice((1, 1, 2))
+    profile.events = ("clone", "clone", "kill", "pause", "suspend", "check")
+
+
+def _retention(profile: Profile, rng: random.Random) -> None:
+    """What is old is compacted and removed, while writers sleep."""
+    profile.machines = rng.choice((2, 3))
+    profile.directory = False
+    profile.events = ("compact", "compact", "compact", "suspend", "suspend", "kill", "lose")
+
+
+def _everything(profile: Profile, rng: random.Random) -> None:
+    """All at once."""
+    profile.machines = rng.choice((1, 2, 3))
+    profile.processes = rng.choice((1, 2, 3))
+    profile.threads = rng.choice((1, 2))
+    every = ("kill", "kill-at", "kill-in-commit", "pause", "suspend", "outage", "check")
+    profile.events = (*every, "compact", "lose", "clone", "rewind", "foreign")
+
+
+THEMES: dict[str, Callable[[Profile, random.Random], None]] = {
+    "alone": _alone,
+    "processes": _processes,
+    "fight": _fight,
+    "loss": _loss,
+    "clones": _clones,
+    "retention": _retention,
+    "everything": _everything,
+}
 
 
 @dataclass
@@ -197,7 +262,11 @@ class World:
         self.directory = directory
         self.profile = profile or Profile.draw(rng)
         self.rng = random.Random(rng.random())
-        self.runtime = Runtime(random.Random(rng.random()), preempt=self.profile.preempt)
+        self.runtime = Runtime(
+            random.Random(rng.random()),
+            preempt=self.profile.preempt,
+            preempt_s=self.profile.preempt_s,
+        )
         self.runtime.trace = trace
         self.bucket = Bucket(
             self.runtime,
@@ -208,16 +277,23 @@ class World:
             page=self.profile.page,
         )
         self.bucket.weather = self.profile.weather
+        self.bucket.watch = self.landed
+        self._lease: tuple[Lease, Process] | None = None
+        self._sign_of_life = 0.0
         self.history = History(seed)
         self.machines: list[Machine] = []
         self.everything: list[Machine] = []
         self.problems: list[str] = []
         self.calm = False
         self.n_disks = 0
+        self.origins: dict[str, frozenset[str]] = {}  # of a disk: those that it is a copy of
+        self._images: dict[Path, frozenset[str]] = {}
         self.n_told = 0
         self.n_kills = 0
         self.acked_objects: dict[int, str] = {}
         self._checks = 0
+        self._walked = directory / "walked"
+        self._applied: dict[int, str] = {}  # TXID: which version of its segment
 
     # -- the whole ----------------------------------------------------------------------------
 
@@ -251,17 +327,18 @@ class World:
     def _main(self) -> None:
         for _ in range(self.profile.machines):
             self.add_machine()
+        self.runtime.sleep(2.0)
         for _ in range(self.profile.chaos):
-            self.runtime.sleep(self.rng.expovariate(0.5))
+            self.runtime.sleep(self.rng.expovariate(1 / self.profile.pause_s))
             self.happen(self.rng.choice(self.profile.events))
-        self.runtime.sleep(self.rng.expovariate(0.2))
+        self.runtime.sleep(self.rng.expovariate(0.3))
         self.runtime.note("the weather clears")
         self.calm = True
         self.bucket.weather = Weather(latest_s=self.profile.weather.latest_s)
         self.bucket.away_until = 0.0
         for machine in self.machines:
             for process in machine.processes:
-                process.kill_in = None
+                process.kill_in, process.kill_in_commit = None, False
                 self.runtime.resume(process)
         deadline = self.runtime.now + 1500
         while not all(machine.settled for machine in self.machines):
@@ -306,18 +383,25 @@ class World:
         machine.wait_s = self.profile.fence_wait_s if wait_s is None else wait_s
         if copy_of is not None:
             shutil.copytree(copy_of, machine.directory, dirs_exist_ok=True)
-        self.new_disk(machine)
+        self.new_disk(machine, self._images.get(copy_of, frozenset()) if copy_of else frozenset())
         self.machines.append(machine)
         self.everything.append(machine)
         self.runtime.spawn(lambda: self.supervise(machine), f"supervise-{name}")
         return machine
 
-    def new_disk(self, machine: Host) -> None:
+    def new_disk(self, machine: Host, origins: frozenset[str]) -> None:
         """What is on the machine's disk now is nobody's continuation but its own."""
         self.n_disks += 1
         machine.disk = f"{machine.name}/{self.n_disks}"
         machine.boot = f"boot-{self.n_disks}"
+        self.origins[machine.disk] = origins
         machine.tail = 0
+
+    def copy(self, machine: Host, image: Path) -> None:
+        """Take a snapshot of a machine's volume."""
+        self.history.copied(machine.disk)
+        machine.copy_to(image)
+        self._images[image] = self.origins[machine.disk] | {machine.disk}
 
     def supervise(self, machine: Host) -> None:
         """Keep the machine's processes running, as an operator would."""
@@ -351,7 +435,7 @@ class World:
         process = rng.choice(machine.processes) if machine.processes else None
         self.runtime.note("event", event, process.name if process else machine.name)
         if event == "outage":
-            self.bucket.away_until = self.runtime.now + rng.choice((1, 10, 100))
+            self.bucket.away_until = self.runtime.now + rng.choice((0.5, 3, 15, 60))
         elif event == "check":
             self.verify()
         elif event == "compact":
@@ -360,9 +444,8 @@ class World:
             self.lose(machine)
         elif event == "clone":
             if len(self.machines) < 4:
-                self.history.copied(machine.disk)
                 clone = self.directory / f"image-{len(self.everything)}"
-                machine.copy_to(clone)
+                self.copy(machine, clone)
                 self.add_machine(copy_of=clone)
         elif event == "rewind":
             image = self.directory / f"image-of-{machine.name}"
@@ -370,18 +453,19 @@ class World:
                 self.lose(machine, image)
                 shutil.rmtree(image)
             else:
-                self.history.copied(machine.disk)
-                machine.copy_to(image)
+                self.copy(machine, image)
         elif process is None:
             return
         elif event == "kill":
             self.kill(process)
         elif event == "kill-at":
             process.kill_in = rng.randrange(150)
+        elif event == "kill-in-commit":
+            process.kill_in_commit = True
         elif event == "pause":
-            self.pause([process], rng.choice((1.0, 15.0, 70.0)))
+            self.pause([process], rng.choice((1.0, 8.0, 15.0, 70.0)))
         elif event == "suspend":
-            self.pause(list(machine.processes), rng.choice((15.0, 70.0, 4000.0)))
+            self.pause(list(machine.processes), rng.choice((8.0, 15.0, 70.0, 4000.0)))
         elif event == "foreign":
             self.commit_from_outside(machine)
 
@@ -406,7 +490,7 @@ class World:
         machine.locks.clear()
         if image is not None:
             shutil.copytree(image, machine.directory, dirs_exist_ok=True)
-        self.new_disk(machine)
+        self.new_disk(machine, self._images[image] if image is not None else frozenset())
         machine.told = None
 
     def compact(self) -> None:
@@ -415,11 +499,8 @@ class World:
         up_to = max(self.acked_objects, default=0)
         if not up_to or self.profile.directory:
             return
-        path = self.directory / "compacted"
-        states = list(self._states(path, stop=up_to))
-        if not states or states[-1][0] != up_to:
-            return
-        body = path.read_bytes()
+        self._walk(up_to)
+        body = self._walked.read_bytes()
         page_size = self.profile.page_size
         parts: list[bytes] = []
         header = Header(
@@ -540,6 +621,7 @@ class World:
             spool_full_timeout_s=5.0,
             fence_lease_s=profile.lease_s,
             fence_wait_s=machine.wait_s,
+            on_fenced=profile.on_fenced,  # type: ignore[arg-type]
         )
 
     def work(self, machine: Host, process: Process, connection: walship.Connection | None) -> None:
@@ -564,7 +646,8 @@ class World:
 
     def close(self, process: Process, connection: walship.Connection | None) -> None:
         if connection is not None and not process.dead:
-            connection.close(True)
+            with contextlib.suppress(SpoolError):
+                connection.close(True)
 
     def use(
         self,
@@ -574,7 +657,7 @@ class World:
         rng: random.Random,
     ) -> walship.Connection:
         for _ in range(self.profile.ops):
-            self.runtime.sleep(rng.choice((0.0, 0.01, 0.3, 2.0)))
+            self.runtime.sleep(rng.choice((0.0, 0.01, 0.1, 0.1, 1.0)))
             if self.calm:
                 break
             op = rng.choice(_OPS)
@@ -582,11 +665,11 @@ class World:
                 if op == "commit":
                     self.commit(machine, process, connection, rng)
                 elif op == "sync":
-                    self.sync(machine, process, rng.choice((0.0, 1.0, 60.0)))
+                    self.sync(machine, process, rng.choice((0.0, 1.0, 20.0)))
                 elif op == "durable":
                     number = self.commit(machine, process, connection, rng)
                     if number:
-                        self.sync(machine, process, 30.0, number)
+                        self.sync(machine, process, rng.choice((1.0, 5.0)), number)
                 elif op == "status":
                     self.look_at_status(process)
                 elif op == "checkpoint":
@@ -634,6 +717,7 @@ class World:
             took = self.runtime.now - began
             alone = self.profile.processes == self.profile.threads == 1
             full = self.profile.spool_full == "block" and self.profile.max_spool_bytes
+            full = full or self.profile.preempt_s
             if alone and took > _COMMIT_S and not machine.was_stopped() and not full:
                 self.problem(f"{process.name}: a commit took {took:.3f} s")
 
@@ -692,7 +776,7 @@ class World:
 
     def settle(self, machine: Host, process: Process, connection: walship.Connection) -> None:
         """The weather is fair: this process goes on, or is told why it cannot."""
-        for _ in range(20):
+        for _ in range(200):
             number = self.commit(machine, process, connection, self.rng)
             if number:
                 break
@@ -747,6 +831,31 @@ class World:
         if before != sealed.sha256:
             self.problem(f"txid {sealed.txid} is acknowledged twice, with other content")
 
+    def landed(self, key: str, body: bytes, who: Owner) -> None:
+        """An object is in the replica: the lease passes to nobody whose owner is alive."""
+        assert isinstance(who, Process)
+        former = self._lease
+        if key == LEASE_KEY:
+            lease = parse_lease(body)
+            assert lease is not None
+            if former is not None and former[0].owner and lease.nonce != former[0].nonce:
+                self._judge_take_over(*former, who)
+            self._lease, self._sign_of_life = (lease, who), self.runtime.now
+        elif former is not None and who.disk == former[1].disk:
+            self._sign_of_life = self.runtime.now
+
+    def _judge_take_over(self, lease: Lease, former: Process, successor: Process) -> None:
+        silent_s = self.runtime.now - self._sign_of_life
+        if successor.disk == former.disk or former.disk in self.origins[successor.disk]:
+            return  # it knows the nonce
+        if former.dead and former.boot == successor.boot:
+            return  # it can see that
+        if silent_s < lease.lease_s:
+            self.problem(
+                f"{successor.name} takes over from {former.name}, which showed that it is alive "
+                f"{silent_s:.3f} s ago, for {lease.lease_s} s"
+            )
+
     def _was_stored(self, txid: int) -> bool:
         return segment_key(Client(self.bucket), 0, txid, txid) in self.bucket.everything
 
@@ -776,46 +885,57 @@ class World:
                 f"txid {result.txid} ends with {newest}"
             )
         assert result.txid is not None
-        walked = self.directory / f"walked-{self._checks}"
-        txid = 0
-        for reached, _ in self._states(walked, stop=result.txid):
-            txid = reached
-            self.history.judge(walked)
-        if txid != result.txid:
-            raise Violation(f"txid {txid} cannot be continued to {result.txid}")
-        if walked.read_bytes() != target.read_bytes():
+        self._walk(result.txid)
+        if self._walked.read_bytes() != target.read_bytes():
             raise Violation("applying all segments gives another database than restore does")
-        walked.unlink()
         target.unlink()
 
-    def _states(self, path: Path, *, stop: int) -> Iterator[tuple[int, int]]:
-        """Apply what the replica holds to a file, TXID by TXID: ``(txid, pages)`` after each."""
+    def _walk(self, stop: int) -> None:
+        """Apply what the replica holds to a file, TXID by TXID, and judge the database after each.
+
+        Goes on where it stopped the last time, if what was applied then is still there.
+        """
         store = Client(self.bucket)
-        path.unlink(missing_ok=True)
         snapshots = [info for info in list_segments(store, 9) if info.max_txid <= stop]
-        txid = 0
-        with path.open("w+b") as file:
-            for info in [*snapshots[-1:], *list_segments(store, 0)]:
-                if info.max_txid <= txid:
-                    continue
-                if info.min_txid > txid + 1 or info.max_txid > stop:
-                    return
-                decoder = Decoder(store.get(info.key), name=info.key)
-                header = decoder.header
-                for pgno, page in decoder:
-                    file.seek((pgno - 1) * header.page_size)
-                    file.write(page)
-                file.truncate(header.commit * header.page_size)
-                file.flush()
-                txid = info.max_txid
-                yield txid, header.commit
+        chosen = [
+            info for info in [*snapshots[-1:], *list_segments(store, 0)] if info.max_txid <= stop
+        ]
+        versions = {
+            info.max_txid: self.bucket.objects[info.key].etag for info in chosen if not info.level
+        }
+        if max(self._applied, default=0) > stop or any(
+            versions.get(txid, etag) != etag for txid, etag in self._applied.items()
+        ):
+            self._applied.clear()
+            self._walked.unlink()
+        self._walked.touch()
+        for info in chosen:
+            txid = max(self._applied, default=0)
+            if info.max_txid <= txid:
+                continue
+            if info.min_txid > txid + 1:
+                break
+            self._apply(store.get(info.key))
+            self._applied[info.max_txid] = self.bucket.objects[info.key].etag
+            self.history.judge(self._walked)
+        txid = max(self._applied, default=0)
+        if txid != stop:
+            raise Violation(f"txid {txid} cannot be continued to {stop}")
+
+    def _apply(self, body: bytes) -> None:
+        decoder = Decoder(body)
+        header = decoder.header
+        with self._walked.open("r+b") as file:
+            for pgno, page in decoder:
+                file.seek((pgno - 1) * header.page_size)
+                file.write(page)
+            file.truncate(header.commit * header.page_size)
 
 
 class Host(Machine):
     """A machine, and what its operator knows.
 
     Attributes:
-        disk: names what is on its disk.
         tail: newest commit that its database is known to hold.
         told: why it does not go on, if an application was told.
         settled: in the calm after the chaos, it goes on or knows why not.
@@ -823,7 +943,6 @@ class Host(Machine):
         stopped_until: true time until which a process of it may be stopped.
     """
 
-    disk = ""
     tail = 0
     told: Exception | None = None
     settled = False
