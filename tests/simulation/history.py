@@ -185,16 +185,16 @@ class History:
         return newest
 
     def _expected(self, number: int) -> dict[int, tuple[int, bytes]]:
-        cells = self._cells.get(number)
-        if cells is None:
-            cells = dict(self._expected(self._commits[number].parent))
-            for key, pad in self._changes(number).items():
-                if pad is None:
-                    cells.pop(key, None)
-                else:
-                    cells[key] = (number, pad)
-            self._cells[number] = cells
-        return cells
+        for each in self.line(number):
+            if each not in self._cells:
+                cells = dict(self._cells[self._commits[each].parent])
+                for key, pad in self._changes(each).items():
+                    if pad is None:
+                        cells.pop(key, None)
+                    else:
+                        cells[key] = (each, pad)
+                self._cells[each] = cells
+        return self._cells[number]
 
     def missing(self, newest: int) -> list[int]:
         """Acknowledged commits that a state which ends with ``newest`` does not hold."""

@@ -36,6 +36,7 @@ from walship.replica.errors import (
 )
 from walship.replica.fence import LEASE_KEY, Lease, parse_lease
 from walship.replica.format.ltx import Decoder, Encoder, Header
+from walship.replica.format.types import parse_segment_name
 from walship.replica.restore import restore
 from walship.replica.settings import DatabaseSettings, ReplicaSettings
 from walship.replica.spool import Sealed
@@ -842,7 +843,9 @@ class World:
                 self._judge_take_over(*former, who)
             self._lease, self._sign_of_life = (lease, who), self.runtime.now
         elif former is not None and who.disk == former[1].disk:
-            self._sign_of_life = self.runtime.now
+            txids = parse_segment_name(key.rpartition("/")[2])
+            if txids is not None and txids[1] > max(self.acked_objects, default=0):
+                self._sign_of_life = self.runtime.now
 
     def _judge_take_over(self, lease: Lease, former: Process, successor: Process) -> None:
         silent_s = self.runtime.now - self._sign_of_life
