@@ -3,6 +3,7 @@
 #     make demo     an application loses its machine, and gets its database back
 #     make test     all tests, with real MinIO, SeaweedFS and Litestream
 #     make bench    measure, beside plain apsw and Litestream
+#     make simulate play the engine under seeded chaos, and say how much of it ran
 #     make soak     lose a thousand machines, and count what is missing
 #     make lint     style, types, layers, spelling
 #     make clean    remove what the others made
@@ -14,7 +15,7 @@ PYTHON ?=
 ARGS =
 TEST_WORKERS = 2
 
-.PHONY: help demo test bench soak lint clean project dev
+.PHONY: help demo test bench simulate soak lint clean project dev
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^VENV/,$$d'
@@ -34,6 +35,10 @@ test: dev
 
 bench: dev
 	$(VENV)/bin/python benchmarks/run.py $(ARGS)
+
+simulate: ARGS = 0 499 --coverage
+simulate: dev
+	cd tests && ../$(VENV)/bin/python -m simulation $(ARGS)
 
 soak: dev
 	$(VENV)/bin/python tests/support/losing.py $(ARGS)

@@ -231,7 +231,9 @@ def run(
     keep: Path | None = None,
 ) -> Outcome:
     """Play one seed; `patches.installed` must be in force."""
-    directory = Path(tempfile.mkdtemp(prefix="walship-sim-", dir=_BASE))
+    # Always the same one in a process: names of files are in what is compared.
+    directory = Path(_BASE or tempfile.gettempdir(), f"walship-sim-{os.getpid()}")
+    directory.mkdir()
     collected = gc.isenabled()
     gc.disable()  # what is collected when is no matter of chance
     world = World(seed, directory, profile, trace)
