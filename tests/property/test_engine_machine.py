@@ -139,7 +139,9 @@ class Machine(RuleBasedStateMachine):
             for file in files:
                 if file.exists():
                     shutil.copy2(file, saved)
-            shutil.copytree(state, saved / "state", ignore=shutil.ignore_patterns("*.fifo"))
+            shutil.copytree(
+                state, saved / "state", ignore=shutil.ignore_patterns("*.fifo", "*.tmp")
+            )
         self.close_all()
         self.stores.fail(before=0.0, after=0.0)
         for file in (*files, Path(f"{self.database.path}-shm")):
