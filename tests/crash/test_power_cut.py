@@ -66,7 +66,7 @@ LIVES: dict[str, Script] = {
     "full disk": Script(
         steps="commit:2 touch sync checkpoint:TRUNCATE touch full checkpoint:RESTART commit:2 room "
         "sync commit sync checkpoint:TRUNCATE commit:2 full checkpoint:TRUNCATE commit room sync "
-        "commit:3 full reopen commit room sync close",
+        "commit:3 full checkpoint:RESTART commit room reopen commit sync close",
         settings={"shutdown_sync_timeout": "0.05s", "open_timeout": "0.05s"},
     ),
     "others": Script(
@@ -156,7 +156,8 @@ def _random_life(seed: int) -> Script:
         if held:
             choices += ["release", "release"]
         else:
-            choices += ["hold", "reopen", "vacuum", "foreign", "other:PASSIVE"]
+            choices += ["hold", "vacuum", "foreign", "other:PASSIVE"]
+            choices += [] if full else ["reopen"]
             choices += [f"checkpoint:{mode}" for mode in ("FULL", "RESTART", "TRUNCATE")] * 2
             choices += [rng.choice(("other:RESTART", "other:TRUNCATE"))]
         step = rng.choice(choices)
