@@ -134,8 +134,6 @@ class Capture:
         self._let_in: WalSalts | None = None
         # Salts of a WAL whose frames could not be judged, and how often they were looked at.
         self._unsettled: tuple[WalSalts, int] = (WalSalts(0, 0), 0)
-        # The generation whose gate could not seal in this process, so that SQLite did not pass.
-        self._refused: WalSalts | None = None
         #: Whether page 1 says WAL mode, as the VFS saw it last; before that nothing may be read,
         #: for a reader would be in the way of switching to it.
         self.in_wal_mode = False
@@ -354,15 +352,6 @@ class Capture:
             self.mutex.release()
         return self.state
 
-    def drain_refused(self) -> None:
-        """Seal what a gate of this process could not.
-
-        Raises:
-            SpoolError: it still cannot be.
-        """
-        if self._refused is not None:
-            self.drain()
-
     def outgrows_database(self) -> bool:
         """Whether the pieces are larger together than the main file: merged they cannot be."""
         pieces = self.state.pieces
@@ -485,7 +474,6 @@ class Capture:
             old = WalPosition(old.salts, batch.last, batch.checksum) if batch else old
         if header is not None:
             page_size = header.page_size
-        self._refused = old.salts if old is not None else None  # until it is sealed
         after = replace(
             state,
             page_size=page_size,
@@ -499,13 +487,11 @@ class Capture:
             after = replace(after, fingerprint=None)
         if batch is None:
             self._spool.record(after)
-            self._refused = None
             return
         self._add_unwritten(batch, state.commit, page_size)
         after = replace(after, commit=batch.commit)
         self._wal.sync()
         self._seal_piece(batch, after, page_size, read_main)
-        self._refused = None
 
     def _locate(self, header: WalHeader | None) -> WalPosition | None:
         """Our position in the WAL on disk: the present one, or the one before the last gate.
@@ -586,7 +572,6 @@ class Capture:
             after = self._after(batch)
             self._wal.sync()
             self._seal_piece(batch, after, page_size, self._port.read_main)
-            self._refused = None
 
     def _fingerprint(self) -> Fingerprint | None:
         try:
@@ -630,11 +615,8 @@ class Capture:
                 batch, page_size = found
                 self._wal.sync()
                 if not self.state.pieces:
-                    segment = self._freeze(batch, self._after(batch), page_size)
-                    self._refused = None
-                    return segment
+                    return self._freeze(batch, self._after(batch), page_size)
                 self._seal_piece(batch, self._after(batch), page_size, self._port.read_main)
-                self._refused = None
             if not self.state.pieces:
                 return None
         merged = self._freeze_pieces()
@@ -1054,9 +1036,9 @@ class Capture:
                 raise RefusedError(f"SQLite's wal-index cannot be read: {self._port.trouble}")
             self.more = self._is_unsettled(position, header)
             return None
-        if published.mx_frame == 0 and (position.frame or self._refused == header.salts):
-            # SQLite has reset the wal-index, and the gate was refused or is not reached yet: all is
-            # in the main file, and who writes next has to take this mutex first.
+        if published.mx_frame == 0 and self._is_reset(header, position):
+            # The gate was refused or is not reached yet: all is in the main file, and who writes
+            # next has to take this mutex first.
             batch = self._rest_of_wal(position, header, self._port.read_main)
             if batch is None or self._wal.header() != header:
                 return None
@@ -1092,6 +1074,13 @@ class Capture:
         salts, looks = self._unsettled
         self._unsettled = (header.salts, looks + 1 if salts == header.salts else 1)
         return self._unsettled[1] <= _UNSETTLED_LOOKS
+
+    def _is_reset(self, header: WalHeader, position: WalPosition) -> bool:
+        """Whether SQLite has reset the wal-index in order to start this WAL over."""
+        if position.frame:
+            return True  # frames of it were published once
+        salts = self._port.index_salts()
+        return salts is not None and salts != header.salts
 
     def _cut(self, position: WalPosition, last: int, page_size: int) -> int:
         """The first commit at or behind the limit of one segment."""

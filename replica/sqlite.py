@@ -25,6 +25,7 @@ from typing import Final, NamedTuple, Protocol
 import apsw
 
 from .errors import ReplicaError
+from .format.types import WalSalts
 
 __all__ = [
     "SQLITE_MIN_VERSION",
@@ -51,6 +52,13 @@ _FLOCK: Final = struct.Struct("hhqqi4x")
 # The bytes that a reading connection holds a shared lock on (SQLite's os_unix.c).
 _SHARED_FIRST: Final = 0x40000002
 _SHARED_SIZE: Final = 510
+
+# The header of the wal-index (SQLite's walformat.html), of which there are two copies: whether it
+# is initialised, and the salts as they stand in the WAL's header.
+_INDEX_HEADER_SIZE: Final = 48
+_INDEX_IS_INIT: Final = 12
+_INDEX_SALTS: Final = 32
+_SALTS: Final = struct.Struct(">2I")
 
 #: Attempts at the wal-index: a torn header or a busy recovery lock clears within microseconds.
 _PROBE_ATTEMPTS: Final = 200
@@ -239,6 +247,7 @@ class SqlitePort:
         self._view_lock = threading.Lock()
         self._paused_view = False
         self._watch = -1  # descriptor on the main file, for asking about locks only
+        self._index = -1  # descriptor on the wal-index
         # Every connection of ours that may be open, for a forked child to close.
         self._owned: weakref.WeakSet[apsw.Connection] = weakref.WeakSet()
 
@@ -287,6 +296,40 @@ class SqlitePort:
             except (apsw.Error, OSError) as error:
                 self.trouble = str(error)
                 return None
+
+    def index_salts(self) -> WalSalts | None:
+        """Salts of the WAL whose frames the wal-index counts; None if they cannot be had.
+
+        While they are not those of the ``-wal`` file, SQLite is about to start that file over: it
+        has reset the index, and everything in the file is in the main file.  Any thread.
+        """
+        with self._probe_lock:
+            for _ in range(_PROBE_ATTEMPTS):
+                try:
+                    data = os.pread(self._open_index(), 2 * _INDEX_HEADER_SIZE, 0)
+                except OSError:
+                    return None
+                first, second = data[:_INDEX_HEADER_SIZE], data[_INDEX_HEADER_SIZE:]
+                if len(second) < _INDEX_HEADER_SIZE or not first[_INDEX_IS_INIT]:
+                    return None
+                if first == second:
+                    return WalSalts(*_SALTS.unpack_from(first, _INDEX_SALTS))
+            return None
+
+    def _open_index(self) -> int:
+        """Our descriptor on the ``-shm`` file.  Call with `_probe_lock` held.
+
+        Closing one drops SQLite's locks on the file, so it is not closed while that has its name.
+        """
+        status = os.stat(self.path + "-shm")
+        if self._index >= 0:
+            mine = os.fstat(self._index)
+            if (mine.st_dev, mine.st_ino) == (status.st_dev, status.st_ino):
+                return self._index
+            if not mine.st_nlink:
+                os.close(self._index)
+        self._index = os.open(self.path + "-shm", os.O_RDONLY | os.O_CLOEXEC)
+        return self._index
 
     def read_main(self, offset: int, length: int) -> bytes:
         """Bytes of the main file as they are now, zeros past its end; any thread."""
@@ -509,9 +552,11 @@ class SqlitePort:
     def release(self) -> None:
         """Close everything for good; the descriptor for locks only where that harms nobody."""
         self.close()
-        if self._watch >= 0 and descriptors_on(os.fstat(self._watch)) == 1:
-            os.close(self._watch)
-            self._watch = -1
+        for name in ("_watch", "_index"):
+            fd: int = getattr(self, name)
+            if fd >= 0 and descriptors_on(os.fstat(fd)) == 1:
+                os.close(fd)
+                setattr(self, name, -1)
 
 
 def _default_vfs() -> str:

@@ -428,7 +428,6 @@ class Uploader:
                 {"op": "sync", "from": self._peers.name, "id": ticket}
             )
             self._asked_ticket, self._asked_at = ticket, now
-        self._capture.drain_refused()  # last: it fails for as long as the spool is full
         if reached:
             return FOLLOW_S
         # It has died, or is just beginning; once somebody leads everything is looked at anyway.

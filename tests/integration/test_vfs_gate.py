@@ -386,3 +386,62 @@ def test_a_sync_beside_a_gate_waits_for_what_it_seals(
             may_pass.set()
             other.join()
         database.assert_replica_equals_now()
+
+
+def test_a_restart_that_waits_at_the_gate(tmp_path: Path, stores: Stores) -> None:
+    """SQLite has begun to start the WAL over, and waits for the gate: what the WAL holds is still
+    seen, although the wal-index says that it is empty and nothing of it was sealed before."""
+    database = Database(tmp_path)
+    first = _prepared(database, stores)
+    other = database.connect()
+    first.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
+    capture = database.engine().capture
+    with capture.mutex:  # nobody seals, and the gate waits
+        _commit(first, 1)
+        assert capture.state.position is not None
+        assert capture.state.position.frame == 0
+        first.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        thread = threading.Thread(target=_commit, args=(other, 2))
+        thread.start()
+        published = database.engine()._port.published
+        _wait_for(lambda: (found := published()) is not None and found.mx_frame == 0)
+        before = capture.state.txid
+        capture.drain()
+        assert capture.state.pieces
+        assert capture.state.position.frame > 0
+        assert capture.state.txid == before
+    thread.join()
+    stores.release()
+    database.assert_replica_equals_now()
+    other.close()
+    first.close()
+    database.assert_replica_equals_file()
+
+
+def test_a_refused_gate_in_another_process(
+    tmp_path: Path, stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gate that could seal nothing has stopped SQLite half way; whoever looks next sees what the
+    WAL holds, without knowing of that gate."""
+    database = Database(tmp_path, spool_full="fail")
+    first = _prepared(database, stores)
+    first.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
+    capture = database.engine().capture
+    with capture.mutex:
+        _commit(first, 1)
+        first.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        with monkeypatch.context() as full:
+            full.setattr(Spool, "add_piece", _refuse)
+            with pytest.raises(SpoolError):
+                _commit(first, 2)
+        assert not capture.state.pieces
+        capture.drain()
+        assert capture.state.pieces
+    stores.release()
+    database.assert_replica_equals_now()
+    first.close()
+    database.assert_replica_equals_file()
+
+
+def _refuse(*_: object) -> None:
+    raise SpoolError("no room, on purpose")
