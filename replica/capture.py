@@ -132,6 +132,10 @@ class Capture:
         self._known_end: tuple[WalSalts, int] | None = None
         # The generation that this process let through the gate last, while its WAL is there.
         self._let_in: WalSalts | None = None
+        # The WAL whose rest `_new_frames` has found, and the one whose rest is sealed, although it
+        # is not known up to where it was committed; by their salts.
+        self._rest: WalSalts | None = None
+        self._rest_sealed: WalSalts | None = None
         # Salts of a WAL whose frames could not be judged, and how often they were looked at.
         self._unsettled: tuple[WalSalts, int] = (WalSalts(0, 0), 0)
         #: Whether page 1 says WAL mode, as the VFS saw it last; before that nothing may be read,
@@ -572,6 +576,7 @@ class Capture:
             after = self._after(batch)
             self._wal.sync()
             self._seal_piece(batch, after, page_size, self._port.read_main)
+            self._rest_sealed = self._rest
 
     def _fingerprint(self) -> Fingerprint | None:
         try:
@@ -615,8 +620,11 @@ class Capture:
                 batch, page_size = found
                 self._wal.sync()
                 if not self.state.pieces:
-                    return self._freeze(batch, self._after(batch), page_size)
+                    segment = self._freeze(batch, self._after(batch), page_size)
+                    self._rest_sealed = self._rest
+                    return segment
                 self._seal_piece(batch, self._after(batch), page_size, self._port.read_main)
+                self._rest_sealed = self._rest
             if not self.state.pieces:
                 return None
         merged = self._freeze_pieces()
@@ -1021,6 +1029,7 @@ class Capture:
     def _new_frames(self, *, limit: bool) -> tuple[Batch, int] | None:
         """Committed frames behind the position, by the race-free recipe; None if there are none."""
         state = self.state
+        self._rest = None
         header = self._wal.header()
         position = self._locate(header)
         if self._is_rightly_gone(header) or (header is None and state.copying):
@@ -1036,19 +1045,9 @@ class Capture:
                 raise RefusedError(f"SQLite's wal-index cannot be read: {self._port.trouble}")
             self.more = self._is_unsettled(position, header)
             return None
-        if published.mx_frame == 0 and self._is_reset(header, position):
-            # The gate was refused or is not reached yet: all is in the main file, and who writes
-            # next has to take this mutex first.
-            batch = self._rest_of_wal(position, header, self._port.read_main)
-            if batch is None or self._wal.header() != header:
-                return None
-            return batch, header.page_size
+        if published.mx_frame == 0:
+            return self._before_the_gate(position, header)
         if published.mx_frame <= position.frame:
-            # SQLite resets the wal-index before it comes to the gate, which seals what is left.
-            salts, end = self._known_end or (header.salts, 0)
-            self.more = salts == header.salts and end > position.frame
-            if not published.mx_frame:
-                self.more = self.more or self._is_unsettled(position, header)
             return None
         last = published.mx_frame
         if limit and self._max_sync_wal_bytes:
@@ -1075,12 +1074,29 @@ class Capture:
         self._unsettled = (header.salts, looks + 1 if salts == header.salts else 1)
         return self._unsettled[1] <= _UNSETTLED_LOOKS
 
-    def _is_reset(self, header: WalHeader, position: WalPosition) -> bool:
-        """Whether SQLite has reset the wal-index in order to start this WAL over."""
-        if position.frame:
-            return True  # frames of it were published once
-        salts = self._port.index_salts()
-        return salts is not None and salts != header.salts
+    def _before_the_gate(
+        self, position: WalPosition, header: WalHeader
+    ) -> tuple[Batch, int] | None:
+        """What is new in a WAL of which the wal-index counts no frame: nothing, unless SQLite has
+        reset the index in order to start the WAL over.
+
+        The gate was refused then or is not reached yet: all is in the main file, and who writes
+        next has to take this mutex first.
+        """
+        if not position.frame:  # else frames of it were published once
+            salts = self._port.index_salts()
+            if salts is None:
+                self.more = self._is_unsettled(position, header)
+                return None
+            if salts == header.salts:
+                return None
+        if self._rest_sealed == header.salts:
+            return None  # where the position is says nothing: see `_rest_of_wal`
+        batch = self._rest_of_wal(position, header, self._port.read_main)
+        if batch is None or self._wal.header() != header:
+            return None
+        self._rest = header.salts
+        return batch, header.page_size
 
     def _cut(self, position: WalPosition, last: int, page_size: int) -> int:
         """The first commit at or behind the limit of one segment."""
