@@ -586,10 +586,15 @@ class Engine:
 
     def _own_status(self) -> Status:
         """What this process knows by itself."""
-        state = self.capture.refresh(wait=False) if not self._closed else self.capture.state
+        state = self.capture.state
         uploader = self.uploader
         progress = uploader.progress
         trouble = uploader.fatal or self.refusal
+        if not self._closed:
+            try:
+                state = self.capture.refresh(wait=False)
+            except SpoolError as gone:
+                trouble = trouble or gone
         error = str(trouble) if trouble is not None else progress.last_error
         if self._closed or trouble is not None:
             name = "stopped"
@@ -623,29 +628,47 @@ class Engine:
 
     # -- life ---------------------------------------------------------------------------------
 
-    def leave(self, timeout: float) -> bool:
-        """No connection of this process is open any more: ship what is committed.
+    def depart(self) -> bool:
+        """No connection of this process is open any more.
 
-        Where other processes have the database open it is left to them, and nobody waits.
+        Returns:
+            Whether no other process has the database open either: then this one still counts as
+            present, and `ship` is left to do.  Else it does not any more, and must be closed before
+            a connection is opened here again.
+        """
+        try:
+            with self.capture.mutex:
+                self._last = self._spool.leave()
+        except SpoolError as error:  # the directory is gone: nobody else can be in it
+            self.note_trouble(error)
+            self._last = True
+        return self._last
+
+    def ship(self, timeout: float) -> bool:
+        """Ship what is committed and give the lease up, so that the next writer need not wait.
 
         Args:
             timeout: seconds to wait at most.
 
         Returns:
-            False if something stayed behind that nobody else will ship.
+            False if something stayed behind.
         """
-        with self.capture.mutex:
-            self._last = self._spool.leave()
-        if not self._last:
-            return True
         deadline = self._clock.monotonic() + timeout
         if not self.drain(timeout):
             return False
-        # The next writer need not wait then.  A store that does not answer is not waited for.
+        # A store that does not answer is not waited for.
         released = self.uploader.release_lease()
         with contextlib.suppress(TimeoutError, CancelledError):
             released.result(max(0.0, deadline - self._clock.monotonic()))
         return True
+
+    def leave(self, timeout: float) -> bool:
+        """The program ends: `ship`, unless other processes have the database open and will.
+
+        Returns:
+            False if something stayed behind that nobody else will ship.
+        """
+        return not self.depart() or self.ship(timeout)
 
     def come_back(self) -> None:
         """A connection was opened after `leave` had begun."""

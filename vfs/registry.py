@@ -182,8 +182,13 @@ class Registry:
             self._files[path].discard(file)
             if self._exiting or not self._is_unused(path, engine):
                 return
-        engine.after_last_close()
-        drained = engine.leave(engine.settings.shutdown_sync_timeout_s)
+            engine.after_last_close()
+            if not engine.depart():
+                # Whoever opens the path here from now on comes in as every other process does.
+                self._forget(path)
+                engine.close(drained=True)
+                return
+        drained = engine.ship(engine.settings.shutdown_sync_timeout_s)
         with self._lock:
             if not self._is_unused(path, engine):
                 engine.come_back()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import random
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import walship
 from support.databases import Database
 from support.workers import Worker, WorkerError, Workers, rows_of, workers
+from walship.replica.spool import Spool
 
 
 @pytest.fixture
@@ -30,6 +34,18 @@ def _full_copies(fleet: Workers) -> int:
     """How often any of them has shipped the whole database."""
     logs = [worker.log() for worker in fleet.all]
     return sum(log.count("full copy as txid") + log.count("pages differ") for log in logs)
+
+
+def _pause(worker: Worker, database: Database) -> None:
+    """Stop a process while it does not hold the drain lock, which the others need."""
+    with (database.directory / ".app.db-walship" / "lock").open("r+b") as file:
+        while True:
+            worker.pause()
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
+                return
+            except OSError:
+                worker.resume()
 
 
 def _pipes(database: Database) -> list[Path]:
@@ -372,7 +388,7 @@ def test_gates_do_not_wait_for_the_uploader(tmp_path: Path, fleet: Workers, gate
     uploader = fleet(database.path, database.replica)
     others = fleet.many(2, database.path, database.replica)
     others[0].run("insert(5); sync()")
-    uploader.pause()
+    _pause(uploader, database)
     for worker in others:
         for _ in range(3):
             worker.run("insert(5, 3000)")
@@ -387,3 +403,109 @@ def test_gates_do_not_wait_for_the_uploader(tmp_path: Path, fleet: Workers, gate
     others[0].run("insert(); sync()")
     _assert_replica_has(database, fleet.committed())
     assert _full_copies(fleet) == 1
+
+
+@pytest.mark.parametrize("policy", ["resync", "fail", "block"])
+def test_a_full_spool(tmp_path: Path, fleet: Workers, policy: str) -> None:
+    """The limit is one for all processes, and each follows the policy; nothing committed is lost,
+    and all of it arrives once there is room again."""
+    database = Database(tmp_path)
+    settings = {"spool_full": policy, "spool_full_timeout": 0.2, "max_spool_bytes": 20_000}
+    uploader = fleet(database.path, database.replica, **settings)
+    other = fleet(database.path, database.replica, **settings)
+    uploader.run("sync(); hold_puts()")
+    refused = []
+    for worker in (other, uploader, other):
+        worker.run("db.set_busy_timeout(300); db.wal_autocheckpoint(0)")
+        for _ in range(3):
+            try:
+                worker.run(
+                    "insert(4, 5000); db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall()"
+                )
+            except WorkerError as error:
+                refused.append(error.kind)
+    if policy == "resync":
+        assert not refused
+        assert "the spool in" in other.log()
+    else:
+        assert set(refused) == {"SpoolError"}
+    uploader.run("release_puts()")
+    other.run("sync()")
+    _assert_replica_has(database, fleet.committed())
+    for worker in (other, uploader):
+        worker.run("insert(); sync()")
+    assert rows_of(database.restore()) == rows_of(database.path)
+
+
+_FOREIGN = """
+import sqlite3, sys
+db = sqlite3.connect(sys.argv[1], timeout=30, isolation_level=None)
+for n in range(int(sys.argv[2]), int(sys.argv[2]) + 10):
+    db.execute("INSERT INTO rows VALUES ('foreign', ?, randomblob(3000))", (n,))
+{more}
+"""
+
+
+@pytest.mark.parametrize(
+    "more", ["", "db.execute('PRAGMA wal_checkpoint(TRUNCATE)')"], ids=["writes", "checkpoints"]
+)
+def test_a_foreign_writer_beside_several(tmp_path: Path, fleet: Workers, more: str) -> None:
+    """A program without walship writes beside: its rows arrive too, whoever uploads."""
+    database = Database(tmp_path)
+    two = fleet.many(2, database.path, database.replica)
+    expected = set()
+    for round_ in range(3):
+        for worker in two:
+            worker.run("insert(5, 2000)")
+        command = [sys.executable, "-c", _FOREIGN.format(more=more)]
+        subprocess.run([*command, database.path, str(round_ * 10)], check=True, timeout=60)
+        expected |= {("foreign", round_ * 10 + n) for n in range(10)}
+        for worker in two:
+            worker.run("insert(5, 2000)")
+        two[round_ % 2].run("sync()")
+        _assert_replica_has(database, fleet.committed() | expected)
+    for worker in two:
+        worker.run("close()")
+    assert rows_of(database.restore()) == rows_of(database.path)
+
+
+def test_a_connection_that_comes_while_the_process_leaves(
+    tmp_path: Path, fleet: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody uses the database while its process counts as absent: another one, alone, could be
+    changing the file."""
+    database = Database(tmp_path)
+    fleet(database.path, database.replica)
+    first = database.connect()
+    engine = database.engine()
+    leave, opened = Spool.leave, threading.Event()
+    comers: list[threading.Thread] = []
+    came: list[walship.Connection] = []
+
+    def come() -> None:
+        came.append(database.connect())
+        opened.set()
+
+    def leaving(spool: Spool) -> bool:
+        last = leave(spool)
+        comers.append(threading.Thread(target=come))
+        comers[0].start()
+        assert not opened.wait(0.3), "it was let in"
+        return last
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Spool, "leave", leaving)
+        first.close()
+    comers[0].join()
+    assert database.engine() is not engine
+    came[0].close()
+
+
+def test_status_never_raises(tmp_path: Path, fleet: Workers) -> None:
+    """Not even when somebody has removed the state directory under the processes."""
+    database = Database(tmp_path)
+    uploader = fleet(database.path, database.replica)
+    other = fleet(database.path, database.replica)
+    shutil.rmtree(tmp_path / ".app.db-walship")
+    for worker in (other, uploader):
+        assert "was removed while it was in use" in worker.run("status()")["last_error"]

@@ -133,6 +133,8 @@ class Worker:
         try:
             message = self._answers.get(timeout=limit_s)
         except queue.Empty:
+            os.kill(self.pid, signal.SIGUSR1)  # it writes down where its threads are
+            time.sleep(0.5)
             raise AssertionError(f"{self.who} does not answer\n{self.log()}") from None
         if message is None:
             self._answers.put(None)
@@ -446,11 +448,13 @@ def _terminated(*_: object) -> None:
 
 
 def _main(job: dict[str, Any]) -> None:
+    import faulthandler
     import logging
 
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s"
     )
+    faulthandler.register(signal.SIGUSR1)
     signal.signal(signal.SIGTERM, _terminated)
     if job["host"] is not None:
         from walship.replica import process
