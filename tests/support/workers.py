@@ -425,12 +425,16 @@ class _Child:
 
     def run(self) -> None:
         for line in sys.stdin.buffer:
+            _ending.busy = True
             try:
                 value = self.evaluate(json.loads(line))
             except Exception as error:
                 self.say({"error": type(error).__name__, "text": str(error)})
             else:
                 self.say({"value": value})
+            _ending.busy = False
+            if _ending.asked:
+                sys.exit(0)
 
     def evaluate(self, source: str) -> Any:
         tree = ast.parse(source)
@@ -443,8 +447,20 @@ class _Child:
         return list(value) if isinstance(value, (set, tuple)) else value
 
 
-def _terminated(*_: object) -> None:
-    sys.exit(0)
+class _Ending:
+    """SIGTERM as a well-behaved program takes it: what is under way comes to its end first."""
+
+    def __init__(self) -> None:
+        self.busy = False
+        self.asked = False
+
+    def __call__(self, *_: object) -> None:
+        self.asked = True
+        if not self.busy:
+            sys.exit(0)
+
+
+_ending = _Ending()
 
 
 def _main(job: dict[str, Any]) -> None:
@@ -455,7 +471,7 @@ def _main(job: dict[str, Any]) -> None:
         stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s"
     )
     faulthandler.register(signal.SIGUSR1)
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, _ending)
     if job["host"] is not None:
         from walship.replica import process
 
