@@ -628,9 +628,9 @@ class Uploader:
         if acked is None:
             return
         self._recovered()  # before it is let go of: what was waiting is said there
-        self._acked_txid = acked.txid
-        self._waits.acknowledge(acked.txid)  # first of all: somebody is waiting
         self._capture.acknowledge(acked.txid)
+        self._acked_txid = acked.txid
+        self._waits.acknowledge(acked.txid)
         self._look_back()
         self._newest_acked = acked
 

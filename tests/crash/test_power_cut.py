@@ -38,6 +38,8 @@ DEEP = os.environ.get("WALSHIP_DEEP", "") not in ("", "0")
 #: What every recording and every choice in a replay follow from.
 SEEDS = range(12) if DEEP else (int(os.environ.get("WALSHIP_SEED", "0")),)
 _DEEP_LIMIT_S = 1800
+#: Minutes each: not in an ordinary run.
+deep_only = pytest.mark.skipif(not DEEP, reason="takes minutes: set WALSHIP_DEEP=1")
 
 #: Lives of a database, by what happens in them; the words are explained in ``support.recorder``.
 LIVES: dict[str, Script] = {
@@ -133,7 +135,7 @@ deep_limit = pytest.mark.timeout(_DEEP_LIMIT_S if DEEP else 180)
 @both
 @seeds
 @deep_limit
-@pytest.mark.parametrize("life", LIVES)
+@pytest.mark.parametrize("life", LIVES if DEEP else ["gates"])
 def test_after_any_operation(
     life: str, synchronous: str, seed: int, scratch: Path, replay: Replay
 ) -> None:
@@ -181,6 +183,7 @@ def _random_life(seed: int) -> Script:
     )
 
 
+@deep_only
 @both
 @seeds
 @deep_limit
@@ -190,6 +193,7 @@ def test_in_a_random_life(synchronous: str, seed: int, scratch: Path, replay: Re
     replay.run(recording, seed=seed, deep=DEEP)
 
 
+@deep_only
 @both
 @seeds
 @deep_limit
@@ -206,6 +210,7 @@ def test_while_a_database_is_taken_in(
     replay.run(record(script, scratch, start, n=4), seed=seed, deep=DEEP)
 
 
+@deep_only
 @both
 @seeds
 @deep_limit
@@ -227,6 +232,7 @@ def _lose_the_tail(script: Script, scratch: Path) -> tuple[Image, dict[str, Obje
     return cut_off_wal(image), objects
 
 
+@deep_only
 @both
 @seeds
 @deep_limit
@@ -251,6 +257,7 @@ def test_while_a_database_is_rolled_forward(
     replay.run(recording, seed=seed, deep=DEEP)
 
 
+@deep_only
 @both
 @seeds
 @deep_limit
@@ -274,11 +281,13 @@ _FOR_MUTANTS = Script(
 )
 
 
+@deep_only
 def test_nothing_is_noticed_where_nothing_is_broken(scratch: Path) -> None:
     """What the mutants are measured with passes without them."""
     Replay().run(record(_FOR_MUTANTS, scratch))
 
 
+@deep_only
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_what_is_broken_is_noticed(mutant: str, scratch: Path) -> None:
     """A sync left out, an early acknowledgement and an unpublished frame each break a promise."""

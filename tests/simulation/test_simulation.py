@@ -10,7 +10,7 @@ import pytest
 from simulation import mutants, patches, world
 
 #: Seeds played altogether; more with WALSHIP_SEEDS.
-SEEDS = int(os.environ.get("WALSHIP_SEEDS", "2000"))
+SEEDS = int(os.environ.get("WALSHIP_SEEDS", "600"))
 _PARTS = 20
 #: Within so many seeds each deliberate fault has to show.
 _MUTANT_SEEDS = 150
