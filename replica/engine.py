@@ -60,6 +60,8 @@ log = logging.getLogger("walship")
 #: How long the last close waits for a copy of the database to end.  A longer one keeps SQLite from
 #: removing the WAL, which then simply stays.
 _VIEW_WAIT_S: Final = 5.0
+#: How much longer than its own ``open-timeout`` a process waits for the one that opened first.
+_OPENER_S: Final = 10.0
 #: How long `status` waits for the word of the process that uploads; it is on the same machine.
 _ASK_S: Final = 1.0
 
@@ -416,6 +418,9 @@ class Engine:
             return
         limit_s = self.settings.open_timeout_s + self.settings.fence_wait_s
         answered = self.uploader.wait_reconciled(limit_s)
+        if not (answered or self._was_alone or self.uploader.leads):
+            # The process that came first decides when its own time is up, a little before or after.
+            answered = self.uploader.wait_reconciled(_OPENER_S)
         with self._admission:
             if not answered:
                 self._admit_unanswered()

@@ -257,11 +257,15 @@ def test_a_missing_database_in_two_threads(tmp_path: Path, fleet: Workers) -> No
 
 
 def test_the_replica_does_not_answer_at_the_start(tmp_path: Path, fleet: Workers) -> None:
-    """Several that start while the store is away all open, and ship once it is back."""
+    """Several that start while the store is away all open, and ship once it is back.
+
+    The first decides whether the files may be used; who is less patient waits for that.
+    """
     database = Database(tmp_path)
     fleet(database.path, database.replica).run("insert(3); close()")
     three = [
-        fleet(database.path, database.replica, opened=False, open_timeout=1.0) for _ in range(3)
+        fleet(database.path, database.replica, opened=False, open_timeout=timeout)
+        for timeout in (2.0, 0.2, 0.2)
     ]
     for worker in three:
         worker.run("hold_puts()")
