@@ -1,9 +1,9 @@
-"""Several processes and threads that work on one database at once, in the manner of SQLite's mptest.
+"""Several processes and threads at work on one database at once, in the manner of SQLite's mptest.
 
-Every participant (a thread with connections of its own) goes through a script of tasks that its seed
-chooses: transfers between accounts, with savepoints, roll-backs and spills, checkpoints of every
-mode, VACUUM, schema changes, long reads, reopening, waits for the replica, and busy timeouts from
-none to long.  How they interleave is up to the machine.  What must hold at every moment:
+Every participant (a thread with connections of its own) goes through a script of tasks that its
+seed chooses: transfers between accounts, with savepoints, roll-backs and spills, checkpoints of
+every mode, VACUUM, schema changes, long reads, reopening, waits for the replica, and busy timeouts
+from none to long.  How they interleave is up to the machine.  What must hold at every moment:
 
 * the sum of all balances is what it was at the beginning;
 * a participant's counter, its journal, and what it was told to be committed agree.
