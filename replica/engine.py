@@ -62,6 +62,9 @@ log = logging.getLogger("walship")
 _VIEW_WAIT_S: Final = 5.0
 #: How much longer than its own ``open-timeout`` a process waits for the one that opened first.
 _OPENER_S: Final = 10.0
+#: Where page 1 says so: file format versions for writing and reading.
+_MODE_OFFSET: Final = 18
+_WAL_MODE: Final = b"\2\2"
 #: How long `status` waits for the word of the process that uploads; it is on the same machine.
 _ASK_S: Final = 1.0
 
@@ -560,7 +563,21 @@ class Engine:
         """
         if self._closed:
             raise ClosedError(f"replication of {self.name} is closed")
+        self._require_wal_mode()
         return self.uploader.request_sync()
+
+    def _require_wal_mode(self) -> None:
+        """Raises RefusedError where a wait would never end: only the WAL can be shipped."""
+        if self.capture.in_wal_mode or not self.capture.has_content():
+            return
+        # Whoever put it into WAL mode need not have come by here.
+        if self._port.read_main(_MODE_OFFSET, len(_WAL_MODE)) == _WAL_MODE:
+            self.note_wal_mode(True)
+            return
+        raise RefusedError(
+            f"{self.path} is not in WAL mode, and nothing of it is replicated: run PRAGMA "
+            "journal_mode=WAL (walship.connect does)"
+        )
 
     def not_yet(self, timeout: float | None) -> NotYetReplicated:
         """What to raise when a wait of so many seconds ended first."""
@@ -659,13 +676,14 @@ class Engine:
             False if something stayed behind.
         """
         deadline = self._clock.monotonic() + timeout
-        if not self.drain(timeout):
+        drained = self.drain(timeout)
+        if not drained and self.capture.in_wal_mode:
             return False
         # A store that does not answer is not waited for.
         released = self.uploader.release_lease()
         with contextlib.suppress(TimeoutError, CancelledError):
             released.result(max(0.0, deadline - self._clock.monotonic()))
-        return True
+        return drained
 
     def leave(self, timeout: float) -> bool:
         """The program ends: `ship`, unless other processes have the database open and will.
@@ -682,6 +700,11 @@ class Engine:
 
     def drain(self, timeout: float) -> bool:
         """Ship what is committed, for at most ``timeout`` seconds; False if something stayed."""
+        try:
+            self._require_wal_mode()
+        except RefusedError as error:
+            log.warning("%s", error)
+            return False
         future = self.uploader.request_sync()
         try:
             future.result(timeout)
@@ -699,7 +722,7 @@ class Engine:
             return
         self._closed = True
         self.uploader.stop()
-        if not drained and self.uploader.fatal is None:
+        if not drained and self.uploader.fatal is None and self.capture.in_wal_mode:
             state = self.capture.state
             log.warning(
                 "%s: closed with %d sealed bytes behind txid %s that are not in %s yet; they are "

@@ -35,6 +35,7 @@ _PRAGMA: Final = apsw.SQLITE_FCNTL_PRAGMA
 _LOCK_TIMEOUT: Final = apsw.SQLITE_FCNTL_LOCK_TIMEOUT
 _NOTICED: Final = frozenset({_CKPT_START, _HAS_MOVED, _PRAGMA})
 _LOCK_SHARED: Final = apsw.SQLITE_LOCK_SHARED
+_LOCK_RESERVED: Final = apsw.SQLITE_LOCK_RESERVED
 _LOCK_EXCLUSIVE: Final = apsw.SQLITE_LOCK_EXCLUSIVE
 
 _FRAME_HEADER_SIZE: Final = 24
@@ -105,6 +106,8 @@ class MainFile(apsw.VFSFile):
         self.path = engine.path
         self._uploader = engine.uploader
         self._synced = False
+        # In a write transaction with a rollback journal.
+        self._is_writing = False
         self._released: Callable[[MainFile], None] | None = released
         #: Whether this is the last connection of the process; the registry knows.
         self.is_last: Callable[[], bool] = lambda: False
@@ -144,11 +147,14 @@ class MainFile(apsw.VFSFile):
         _latest.main = self
         if level == _LOCK_SHARED:
             self._forgive(self.engine.before_reading)
+        elif level == _LOCK_RESERVED:
+            self._is_writing = True
         elif level == _LOCK_EXCLUSIVE and self.is_last():
             self._forgive(self.engine.before_close)
         _lock(self, level)
 
     def xUnlock(self, level: int) -> None:
+        self._is_writing = False
         _unlock(self, level)
         if level == _LOCK_SHARED:
             # It was not the last close after all, only an exclusive moment.
@@ -196,14 +202,17 @@ class MainFile(apsw.VFSFile):
 
     def xWrite(self, data: bytes, offset: int) -> None:
         # Checkpoints write here in WAL mode.  In any other mode every commit writes page 1, whose
-        # header then does not say WAL: nothing of such a commit could be replicated.
+        # header then does not say WAL: nothing of such a commit could be replicated.  But what a
+        # rollback journal brings back has to come through, or nobody could read any more: SQLite
+        # does that under a lock that it takes at once, and not, as a writer, by way of another.
         if offset == 0 and len(data) >= 100:
-            if bytes(data[18:20]) != _WAL_MODE:
+            is_wal = bytes(data[18:20]) == _WAL_MODE
+            if not is_wal and self._is_writing:
                 raise RefusedError(
                     f"{self.engine.name} is not in WAL mode and cannot be replicated: run PRAGMA "
                     "journal_mode=WAL first (walship.connect does)"
                 )
-            self.engine.note_wal_mode(True)
+            self.engine.note_wal_mode(is_wal)
         _write(self, data, offset)
 
     def xSync(self, flags: int) -> None:
