@@ -42,6 +42,7 @@ __all__ = [
     "is_asynchronous",
     "refuse_asynchronous",
     "require_sqlite",
+    "strangers_on",
 ]
 
 #: 3.51.3 fixed a corruption in the reset of the WAL, and 3.51 brought the NOOP checkpoint.
@@ -171,6 +172,75 @@ def refuse_asynchronous(connection: apsw.Connection, instead: str) -> None:
     """
     if is_asynchronous(connection):
         raise RefusedError(f"an asynchronous connection cannot be used here: {instead}")
+
+
+class _Kept:
+    """Descriptors of walship's own on database files.  Thread-safe.
+
+    Closing one drops SQLite's locks on the file in this process, so one that is done with while
+    others are on the file is kept for whoever wants the next.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._all: set[int] = set()
+        self._idle: set[int] = set()
+
+    def open(self, path: str) -> int:
+        """A descriptor for reading a file.
+
+        Raises:
+            OSError: as ``os.open``.
+        """
+        with self._lock:
+            for fd in self._on(os.stat(path), self._idle):
+                self._idle.discard(fd)
+                return fd
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._all.add(fd)
+            return fd
+
+    def close(self, fd: int) -> None:
+        """Done with it: close it now if that harms nobody."""
+        with self._lock:
+            status = os.fstat(fd)
+            if status.st_nlink and descriptors_on(status) != 1:
+                self._idle.add(fd)
+                return
+            self._all.discard(fd)
+            os.close(fd)
+
+    def count(self, file: os.stat_result) -> int:
+        """How many are on a file, in use or not."""
+        with self._lock:
+            return len(self._on(file, self._all))
+
+    def close_in_child(self) -> None:
+        """In a forked child, which has no locks yet that this could drop: close all."""
+        self._lock = threading.Lock()
+        for fd in self._all:
+            os.close(fd)
+        self._all.clear()
+        self._idle.clear()
+
+    @staticmethod
+    def _on(file: os.stat_result, descriptors: set[int]) -> list[int]:
+        found = ((fd, os.fstat(fd)) for fd in descriptors)
+        return [fd for fd, it in found if (it.st_dev, it.st_ino) == (file.st_dev, file.st_ino)]
+
+
+_kept: Final = _Kept()
+
+
+def strangers_on(path: str) -> bool:
+    """Whether another SQLite library (the ``sqlite3`` module) seems to have a file open here.
+
+    That is: there are more descriptors on it than connections of this library and descriptors of
+    walship's own.  False where the system does not tell.
+    """
+    status = os.stat(path)
+    found = descriptors_on(status)
+    return found is not None and found - _kept.count(status) > connections_to(path)
 
 
 def descriptors_on(file: os.stat_result) -> int | None:
@@ -326,9 +396,8 @@ class SqlitePort:
             mine = os.fstat(self._index)
             if (mine.st_dev, mine.st_ino) == (status.st_dev, status.st_ino):
                 return self._index
-            if not mine.st_nlink:
-                os.close(self._index)
-        self._index = os.open(self.path + "-shm", os.O_RDONLY | os.O_CLOEXEC)
+            _kept.close(self._index)
+        self._index = _kept.open(self.path + "-shm")
         return self._index
 
     def read_main(self, offset: int, length: int) -> bytes:
@@ -358,7 +427,7 @@ class SqlitePort:
         there to notice (see `release`).
         """
         if self._watch < 0:
-            self._watch = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            self._watch = _kept.open(self.path)
         return self._watch
 
     def descriptor(self) -> int | None:
@@ -418,9 +487,8 @@ class SqlitePort:
         self._probe = None
         for connection in list(self._owned):
             connection.close(True)
-        if self._watch >= 0:
-            os.close(self._watch)  # a child has no locks yet that this could drop
-            self._watch = -1
+        _kept.close_in_child()
+        self._watch = self._index = -1
 
     @contextmanager
     def read_view(self, observe: Observe) -> Iterator[ReadView | None]:
@@ -550,13 +618,13 @@ class SqlitePort:
             return  # it is gone, or somebody else's by now
 
     def release(self) -> None:
-        """Close everything for good; the descriptor for locks only where that harms nobody."""
+        """Close everything for good; what other connections still need is kept for the next."""
         self.close()
         for name in ("_watch", "_index"):
             fd: int = getattr(self, name)
-            if fd >= 0 and descriptors_on(os.fstat(fd)) == 1:
-                os.close(fd)
+            if fd >= 0:
                 setattr(self, name, -1)
+                _kept.close(fd)
 
 
 def _default_vfs() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import logging
 import os
 import sys
@@ -24,9 +25,8 @@ from walship.replica.host import Host
 from walship.replica.settings import DatabaseSettings
 from walship.replica.sqlite import (
     RefusedError,
-    connections_to,
-    descriptors_on,
     is_asynchronous,
+    strangers_on,
 )
 
 from .files import MainFile
@@ -306,16 +306,37 @@ def refuse_foreign_library(path: str) -> None:
     The kernel's locks belong to the process: when that library closes the file, ours are gone.
 
     Raises:
-        RefusedError: there are more descriptors on the file than connections of this library.
+        RefusedError: it has, or a connection of another thread may be on it, which cannot be asked.
     """
-    if "_sqlite3" not in sys.modules or not os.path.exists(path):
+    standard = sys.modules.get("_sqlite3")
+    if standard is None or not os.path.exists(path) or not strangers_on(path):
         return
-    found = descriptors_on(os.stat(path))
-    if found is not None and found > connections_to(path):
+    # Our library too keeps descriptors of closed connections for a while: look for theirs.
+    if standard_has_open(standard.Connection, path):
         raise RefusedError(
             f"{path} is already open in this process, it seems through the standard sqlite3 "
             "module: two SQLite libraries on one file break its locks; close it there first"
         )
+
+
+def standard_has_open(connection_type: type, path: str) -> bool:
+    """Whether a connection of the ``sqlite3`` module has a file open, or may have.
+
+    Not part of the caller: what is found here would live as long as the traceback of its error.
+    """
+    found = (it for it in gc.get_objects() if issubclass(type(it), connection_type))
+    return any(may_be_on(connection, path) for connection in found)
+
+
+def may_be_on(connection: Any, path: str) -> bool:
+    """Whether a connection of the ``sqlite3`` module has a file as a database, or will not say."""
+    try:
+        cursor = connection.cursor()
+        cursor.row_factory = None
+        names = [row[2] for row in cursor.execute("PRAGMA database_list")]
+    except Exception as error:
+        return "closed" not in str(error)
+    return any(name and canonical(name) == path for name in names)
 
 
 def close_inherited(connection: apsw.Connection, path: str) -> bool:

@@ -91,6 +91,52 @@ def test_f20_a_file_open_in_the_standard_module_is_refused(tmp_path: Path) -> No
     database.assert_replica_equals_file()
 
 
+def test_f20_leftovers_of_closed_connections_are_not_the_standard_module(tmp_path: Path) -> None:
+    """F20: while a connection is open SQLite keeps the descriptors of those that were closed."""
+    database = Database(tmp_path)
+    with database.opened() as connection:
+        connection.execute("CREATE TABLE t (x)")
+        database.sync()
+    plain = apsw.Connection(str(database.path), vfs="unix")
+    for _ in range(3):
+        other = apsw.Connection(str(database.path), vfs="unix")
+        for reader in (plain, other):
+            reader.execute("SELECT * FROM t").fetchall()
+        other.close()
+    elsewhere = sqlite3.connect(tmp_path / "other.db")
+    with database.opened() as connection:
+        connection.execute("INSERT INTO t VALUES (1)")
+    plain.close()
+    elsewhere.close()
+    database.assert_replica_equals_file()
+
+
+def test_f20_one_that_another_thread_has_open_is_refused(tmp_path: Path) -> None:
+    """F20: a connection of the standard module that cannot be asked may be on the file."""
+    database = Database(tmp_path)
+    opened, done = threading.Event(), threading.Event()
+
+    def use() -> None:
+        other = sqlite3.connect(database.path)
+        other.row_factory = sqlite3.Row
+        other.execute("CREATE TABLE t (x)")
+        opened.set()
+        done.wait()
+        other.close()
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    opened.wait()
+    try:
+        with pytest.raises(walship.RefusedError, match="sqlite3"):
+            database.connect()
+    finally:
+        done.set()
+        thread.join()
+    with database.opened():
+        pass
+
+
 _TRY_TO_WRITE = """
     import sqlite3, sys
     db = sqlite3.connect(sys.argv[1], timeout=0, isolation_level=None)
