@@ -5,7 +5,7 @@ Nothing here connects, reads the environment or imports an SDK.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +24,10 @@ class LocalSettings:
     """
 
     path: Path
+
+    def below(self, path: str) -> LocalSettings:
+        """The same for what lies in it under ``path``, which has ``/`` between its parts."""
+        return replace(self, path=self.path / path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +80,10 @@ class S3Settings:
     connect_timeout_s: float = 5.0
     read_timeout_s: float = 30.0
     max_connections: int = 64
+
+    def below(self, path: str) -> S3Settings:
+        """The same for what lies below it under ``path``, which has ``/`` between its parts."""
+        return replace(self, path=f"{self.path}/{path}" if self.path else path)
 
 
 StoreSettings = LocalSettings | S3Settings
