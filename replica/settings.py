@@ -25,6 +25,7 @@ from walship.replica.store.settings import (
 )
 from walship.replica.url import (
     UNSUPPORTED,
+    clean_path,
     is_private_host,
     is_url,
     normalize_endpoint,
@@ -387,9 +388,10 @@ def _s3(values: Mapping[str, object], variables: Mapping[str, str]) -> S3Setting
         raise ConfigError("bucket: which one? (s3://BUCKET/PATH, or the variable BUCKET_NAME)")
     if "/" in bucket and not bucket.startswith("arn:"):
         raise ConfigError(f"bucket: {bucket!r} has a slash in it; the rest belongs into `path`")
-    path = text.get("path", "").strip("/")
-    if any(part in (".", "..") for part in path.split("/")):
-        raise ConfigError(f"path: {path!r} has '.' or '..' in it")
+    written = text.get("path", "")
+    path = clean_path(written)
+    if ".." in path.split("/"):
+        raise ConfigError(f"path: {written!r} has '..' in it")
     endpoint: str | None = (
         text.get("endpoint")
         or variables.get("AWS_ENDPOINT_URL_S3")
@@ -420,6 +422,7 @@ def _s3(values: Mapping[str, object], variables: Mapping[str, str]) -> S3Setting
     return S3Settings(
         bucket=bucket,
         path=path,
+        written_path=written if written not in ("", path) else None,
         endpoint=endpoint or None,
         region=region,
         force_path_style=bool(values.get("force-path-style", bool(endpoint))),

@@ -26,6 +26,7 @@ from walship.replica.values import nearest
 __all__ = [
     "UNSUPPORTED",
     "Provider",
+    "clean_path",
     "is_private_host",
     "is_url",
     "normalize_endpoint",
@@ -155,6 +156,11 @@ def parse_url(url: str) -> dict[str, str]:
     return _s3_settings(url, host, path, query)
 
 
+def clean_path(path: str) -> str:
+    """A key prefix without slashes at its ends, empty parts and ``.`` parts."""
+    return "/".join(part for part in path.split("/") if part not in ("", "."))
+
+
 def _file_settings(url: str, host: str, path: str, query: str) -> dict[str, str]:
     if host not in ("", "localhost"):
         raise ConfigError(f"{_shown(url)}: a file URL has three slashes: file:///{host}{path}")
@@ -183,7 +189,7 @@ def _s3_settings(url: str, host: str, path: str, query: str) -> dict[str, str]:
             settings["region"] = region
     else:
         settings.update(_host_settings(_decoded(url, host)))
-    if path := path.strip("/"):
+    if path := clean_path(path):
         settings["path"] = path
     settings.update(_parameters(url, query, _S3_PARAMETERS))
     return settings

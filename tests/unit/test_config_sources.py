@@ -369,7 +369,7 @@ def test_no_setting_is_forgotten() -> None:
         field.name.removesuffix("_s")
         for kind in (S3Settings, LocalSettings, DatabaseSettings, ReplicaSettings)
         for field in dataclasses.fields(kind)
-    } - {"store", "replica"}
+    } - {"store", "replica", "written_path"}
     assert fields <= in_file
     read_otherwise = {"type", "url", "sse_customer_key_path", "restore_if_db_not_exists"}
     assert {name.replace("-", "_") for name in (*REPLICA_KEYS, *DATABASE_KEYS)} <= (
