@@ -26,7 +26,14 @@ from typing import Any, Final, NoReturn
 
 from walship import __version__
 from walship.replica.clock import Clock, SystemClock
-from walship.replica.config import Settings, default_replica, load_config, parse_replica
+from walship.replica.config import (
+    CONFIG_PLACES,
+    Settings,
+    default_replica,
+    find_config,
+    load_config,
+    parse_replica,
+)
 from walship.replica.doctor.probe import probe
 from walship.replica.doctor.report import Printer, as_json, notes_about
 from walship.replica.errors import (
@@ -42,8 +49,9 @@ from walship.replica.errors import (
 )
 from walship.replica.files import Files
 from walship.replica.format.types import LEVEL_MAX, format_segment_name, format_txid, parse_txid
-from walship.replica.peers import ask_leader
+from walship.replica.peers import ask_leader, read_leader
 from walship.replica.plan import format_time
+from walship.replica.process import started_ms
 from walship.replica.reset import reset
 from walship.replica.restore import (
     RestoreResult,
@@ -103,11 +111,13 @@ examples:
   walship restore -o app.db 's3://bucket/app.db?endpoint=fly.storage.tigris.dev&region=auto'
   walship restore -config walship.yml /data/app.db
   walship ltx -level all 's3://bucket/app.db'
-  walship status -config walship.yml
+  walship status
   walship doctor 's3://bucket/app.db'
 
 Quote a URL that contains "&", or the shell cuts it there.  Keys come from the environment
-(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or the configuration file.
+(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or the configuration file.  That is the one of -config,
+else of WALSHIP_CONFIG or LITESTREAM_CONFIG, else the first that exists of
+{", ".join(CONFIG_PLACES)}.
 
 {_EXIT_HELP}"""
 
@@ -146,8 +156,6 @@ _ELSEWHERE: Final[Mapping[str, str]] = {
     "replicate": "not supported yet; the application itself replicates when it opens its database"
     " with walship.connect(path, replica=...)",
     "sync": "walship runs inside the application: call walship.replication(db).sync() there",
-    "info": "walship runs inside the application: see walship.replication(db).status() there",
-    "list": "walship runs inside the application; `walship databases` lists the configuration file",
     "register": "walship runs inside the application: open the database there with a replica",
     "unregister": "walship runs inside the application: close the database there",
     "start": "walship runs inside the application: open the database there with a replica",
@@ -158,7 +166,15 @@ _ELSEWHERE: Final[Mapping[str, str]] = {
 #: How long `status` waits for a process that has the database open, seconds.
 _ASK_S: Final = 1.0
 #: What it needs of that process's answer.
-_STATUS_KEYS: Final = frozenset({"state", "txid", "replicated_txid", "lag_s", "last_error"})
+_STATUS_KEYS: Final = frozenset(
+    {"state", "txid", "replicated_txid", "lag_s", "last_error", "last_upload_ms"}
+)
+#: Its states in the words that Litestream has for them.
+_LIST_STATES: Final[Mapping[str, str]] = {
+    "opening": "open",
+    "ok": "replicating",
+    "retrying": "replicating",
+}
 
 _RELATIVE_RE: Final = re.compile(r"-\s*\d")
 
@@ -276,13 +292,24 @@ def _one_line(error: BaseException) -> str:
 
 
 def _hint(words: Sequence[str]) -> str:
-    """A shell that saw an unquoted ``&`` has run us with the first half of the URL."""
+    """A shell that saw an unquoted ``&`` has run us with the first part of the URL."""
     for word in words:
-        if is_url(word) and re.search(r"[?&]endpoint=", word) and "region=" not in word:
-            return (
-                " (the URL names an endpoint and no region: if it has an & in it, put it in quotes,"
-                " or the shell cuts it there)"
-            )
+        if not is_url(word):
+            continue
+        query = word.partition("?")[2]
+        has_endpoint, has_region = (
+            re.search(rf"(?:^|&){name}=", query) for name in ("endpoint", "region")
+        )
+        if has_endpoint and not has_region:
+            missing = "an endpoint and no region"
+        elif has_region and not has_endpoint and "&" not in query:
+            missing = "a region and no endpoint"
+        else:
+            continue
+        return (
+            f" (the URL names {missing}: if it has an & in it, put it in quotes, or the shell cuts"
+            " it there)"
+        )
     return ""
 
 
@@ -407,6 +434,12 @@ def _parser() -> argparse.ArgumentParser:
     _config(made)
     _json(made)
 
+    made = command("info", _info, "show the processes that have databases of the file open")
+    _running(made)
+
+    made = command("list", _list, "list the databases of the file, and which are being replicated")
+    _running(made)
+
     made = command("status", _status, "show local databases and how far their replicas are")
     made.add_argument("database", metavar="DB", nargs="?", help="only this database")
     _config(made)
@@ -437,13 +470,38 @@ def _target(parser: argparse.ArgumentParser) -> None:
 
 
 def _config(parser: argparse.ArgumentParser) -> None:
-    _option(parser, "config", metavar="PATH", help="the configuration file")
+    _option(
+        parser,
+        "config",
+        metavar="PATH",
+        help="the configuration file (see `walship -h` for where it is looked for)",
+    )
     _option(
         parser,
         "no-expand-env",
         action="store_true",
         help="do not replace $NAME in the configuration file",
     )
+    _option(
+        parser,
+        "strict",
+        action="store_true",
+        help="an unknown key in the configuration file is an error",
+    )
+
+
+def _running(parser: argparse.ArgumentParser) -> None:
+    _config(parser)
+    _option(
+        parser,
+        "timeout",
+        metavar="SECONDS",
+        type=_at_least_one,
+        default=1,
+        help="how long to wait for the answer of each process (1)",
+    )
+    _option(parser, "socket", metavar="PATH", help=argparse.SUPPRESS)
+    _json(parser)
 
 
 def _json(parser: argparse.ArgumentParser) -> None:
@@ -474,38 +532,53 @@ def _parse_txid(text: str) -> int:
 # --- what is meant -------------------------------------------------------------------------------
 
 
-def _load(arguments: argparse.Namespace) -> Settings | None:
-    if arguments.config is None:
+def _load(arguments: argparse.Namespace) -> tuple[Settings, Path] | None:
+    """The configuration file that is meant, read; None if there is none."""
+    file = find_config() if arguments.config is None else Path(arguments.config)
+    if file is None:
         return None
-    return load_config(arguments.config, expand_env=not arguments.no_expand_env)
+    expand_env = not arguments.no_expand_env
+    return load_config(file, expand_env=expand_env, strict=arguments.strict), file
 
 
 def _replica_of(arguments: argparse.Namespace) -> tuple[ReplicaSettings, Path | None]:
     """The replica that DB|REPLICA means, and the database if it is one."""
     target: str = arguments.target
-    if is_url(target) and not target.startswith("sqlite:"):
+    if is_url(target) and not target.startswith(("sqlite:", "sqlite3:")):
         if arguments.config is not None:
             raise ConfigError("a replica URL and -config exclude each other: drop one of them")
         return parse_replica(target), None
-    settings = _load(arguments)
-    if settings is not None:
-        database = settings.database(target)
-        if database is None:
-            known = ", ".join(str(each.path) for each in settings.databases) or "none"
-            raise ConfigError(
-                f"{database_path(target)} is not in {arguments.config}; it has: {known}"
-            )
-        return _its_replica(database), database.path
-    if os.path.isdir(target):
+    if arguments.config is None and os.path.isdir(target):
         return parse_replica(target), None
-    path = database_path(target)
+    database = _in_file(arguments, target)
+    if database is not None:
+        return _its_replica(database), database.path
     replica = default_replica()
     if replica is None:
         raise ConfigError(
-            f"where is the replica of {path}? Give -config FILE, a replica URL in place of the"
-            " database, or set WALSHIP_REPLICA"
+            f"where is the replica of {database_path(target)}? Give -config FILE, a replica URL in"
+            " place of the database, or set WALSHIP_REPLICA"
         )
-    return replica, path
+    return replica, database_path(target)
+
+
+def _in_file(arguments: argparse.Namespace, path: str) -> DatabaseSettings | None:
+    """The settings of a database in the configuration file.
+
+    None without a file, and also if it does not have them, but the environment has a replica and
+    the file was not named here.
+    """
+    loaded = _load(arguments)
+    if loaded is None:
+        return None
+    settings, file = loaded
+    database = settings.database(path)
+    if database is None and (arguments.config is not None or default_replica() is None):
+        databases = [str(each.path) for each in settings.databases]
+        patterns = [str(each.directory / each.pattern) for each in settings.directories]
+        known = ", ".join(databases + patterns) or "none"
+        raise ConfigError(f"{database_path(path)} is not in {file}; it has: {known}")
+    return database
 
 
 def _its_replica(database: DatabaseSettings) -> ReplicaSettings:
@@ -685,17 +758,26 @@ def _segment_json(segment: SegmentInfo, *, named: bool = False) -> dict[str, obj
     return fields
 
 
-def _required_config(arguments: argparse.Namespace) -> Settings:
-    settings = _load(arguments)
-    if settings is None:
-        raise ConfigError(f"which databases? Try: walship {arguments.command} -config walship.yml")
-    return settings
+def _required_config(arguments: argparse.Namespace) -> tuple[Settings, Path]:
+    loaded = _load(arguments)
+    if loaded is None:
+        raise ConfigError(
+            f"which databases? Try: walship {arguments.command} -config walship.yml (looked for:"
+            f" {', '.join(CONFIG_PLACES)})"
+        )
+    return loaded
 
 
 def _databases(arguments: argparse.Namespace, clock: Clock) -> int:
+    # This is the command that looks at the file: it also says what is not needed in there.
+    logging.getLogger("walship").setLevel(logging.INFO)
+    settings, _ = _required_config(arguments)
+    for directory in settings.directories:
+        if not directory.directory.is_dir():
+            _say(f"warning: there is no directory {directory.directory}")
     rows = [
         [str(each.path), "-" if each.replica is None else _kind(each.replica)]
-        for each in _required_config(arguments).databases
+        for each in settings.all_databases()
     ]
     if arguments.json:
         _print_json([{"path": path, "replica": replica} for path, replica in rows])
@@ -704,23 +786,93 @@ def _databases(arguments: argparse.Namespace, clock: Clock) -> int:
     return EXIT_OK
 
 
+def _list(arguments: argparse.Namespace, clock: Clock) -> int:
+    _warn_of_socket(arguments)
+    settings, _ = _required_config(arguments)
+    rows = []
+    for database in settings.all_databases():
+        running = _ask_running(database.meta_path, arguments.timeout)
+        row = {"path": str(database.path), "status": "stopped"}
+        if running is not None:
+            row["status"] = _LIST_STATES.get(str(running["state"]), "stopped")
+            if running["last_upload_ms"] is not None:
+                row["last_sync_at"] = _timestamp(running["last_upload_ms"])
+        rows.append(row)
+    if arguments.json:
+        _print_json({"databases": rows})
+        return EXIT_OK
+    for row in rows:
+        synced = f" (last sync: {row['last_sync_at']})" if "last_sync_at" in row else ""
+        print(f"{row['path']} [{row['status']}]{synced}")
+    return EXIT_OK
+
+
+def _warn_of_socket(arguments: argparse.Namespace) -> None:
+    if arguments.socket is not None:
+        _say("warning: -socket is not needed: the processes that have the databases open are asked")
+
+
+def _info(arguments: argparse.Namespace, clock: Clock) -> int:
+    _warn_of_socket(arguments)
+    settings, file = _required_config(arguments)
+    by_process: dict[int, list[str]] = {}
+    for database in settings.all_databases():
+        if _ask_running(database.meta_path, arguments.timeout) is not None:
+            # The pipe that answered is named after its process.
+            name = read_leader(Files(), database.meta_path) or ""
+            by_process.setdefault(int(name.partition("-")[0]), []).append(str(database.path))
+    if not by_process:
+        raise ConfigError(
+            f"no process has a database of {file} open (`walship databases` lists them)"
+        )
+    processes = []
+    for pid, paths in sorted(by_process.items(), key=lambda item: -len(item[1])):
+        process: dict[str, object] = {"pid": pid, "databases": paths}
+        started = started_ms(pid)
+        if started is not None:
+            process["uptime_seconds"] = max(0, clock.now_ms() - started) // 1000
+            process["started_at"] = _timestamp(started)
+        processes.append(process)
+    if arguments.json:
+        main = {name: value for name, value in processes[0].items() if name != "databases"}
+        count = sum(map(len, by_process.values()))
+        _print_json(
+            {
+                "version": __version__,
+                **main,
+                "database_count": count,
+                "config": str(file),
+                "processes": processes,
+            }
+        )
+        return EXIT_OK
+    print(f"version: {__version__}")
+    print(f"config: {file}")
+    for process in processes:
+        since = f", since {process['started_at']}" if "started_at" in process else ""
+        print(f"process {process['pid']}{since}:")
+        for path in by_process[int(str(process["pid"]))]:
+            print(f"  {path}")
+    return EXIT_OK
+
+
 def _chosen(arguments: argparse.Namespace) -> list[tuple[Path, Path, ReplicaSettings | None]]:
     """Databases that are meant: path, state directory, and replica where one is known."""
-    if arguments.config is not None:
-        settings = _required_config(arguments)
-        databases: Sequence[DatabaseSettings] = settings.databases
-        if arguments.database is not None:
-            wanted = settings.database(arguments.database)
-            if wanted is None:
-                raise ConfigError(f"{arguments.database} is not in {arguments.config}")
-            databases = [wanted]
-        return [(each.path, each.meta_path, each.replica) for each in databases]
     if arguments.database is not None:
+        loaded = _load(arguments)
+        wanted = None if loaded is None else loaded[0].database(arguments.database)
+        if wanted is not None:
+            return [(wanted.path, wanted.meta_path, wanted.replica)]
+        if arguments.config is not None:
+            raise ConfigError(f"{arguments.database} is not in {arguments.config}")
         path = database_path(arguments.database)
         return [(path, state_directory(path), default_replica())]
-    raise ConfigError(
-        f"which database? Try: walship {arguments.command} app.db, or -config walship.yml"
-    )
+    loaded = _load(arguments)
+    if loaded is None:
+        raise ConfigError(
+            f"which database? Try: walship {arguments.command} app.db, or -config walship.yml"
+        )
+    return [(each.path, each.meta_path, each.replica) for each in loaded[0].all_databases()]
 
 
 def _reset(arguments: argparse.Namespace, clock: Clock) -> int:
@@ -771,7 +923,7 @@ def _database_status(
         row["status"] = "not initialized"
         wal = Path(f"{path}-wal")
         row["wal_size"] = _human_size(wal.stat().st_size if wal.exists() else 0)
-    running = _ask_running(directory)
+    running = _ask_running(directory, _ASK_S)
     if running is not None:
         row["status"] = str(running["state"])
         row["local_txid"] = format_txid(running["txid"]) if running["txid"] else "-"
@@ -801,10 +953,10 @@ def _database_status(
     return row, problem
 
 
-def _ask_running(directory: Path) -> Mapping[str, Any] | None:
+def _ask_running(directory: Path, timeout_s: float) -> Mapping[str, Any] | None:
     """The status of a database that some process has open, by the one that uploads."""
     try:
-        answer = ask_leader(Files(), directory, {"op": "status"}, _ASK_S)
+        answer = ask_leader(Files(), directory, {"op": "status"}, timeout_s)
     except OSError:
         return None  # no state directory, or not ours to write to
     status = (answer or {}).get("status")

@@ -8,10 +8,11 @@ every system without Linux's ``/proc``, does not know.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["is_gone", "this_process"]
+__all__ = ["is_gone", "started_ms", "this_process"]
 
 
 def this_process() -> str:
@@ -38,6 +39,19 @@ def is_gone(process: str) -> bool:
         pass  # it exists, and is another user's
     found = _look(int(pid))
     return found is not None and (found.dead or found.started != int(rest))
+
+
+def started_ms(pid: int) -> int | None:
+    """When a process was started, milliseconds since the Unix epoch; None if nobody knows."""
+    found = _look(pid)
+    if found is None or found.dead:
+        return None
+    try:
+        boot = re.search(r"^btime (\d+)$", Path("/proc/stat").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    ticks_per_s = os.sysconf("SC_CLK_TCK")
+    return None if boot is None else int(boot[1]) * 1000 + found.started * 1000 // ticks_per_s
 
 
 def _surroundings() -> str:

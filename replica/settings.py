@@ -24,6 +24,8 @@ from walship.replica.store.settings import (
     StoreSettings,
 )
 from walship.replica.url import (
+    UNSUPPORTED,
+    clean_path,
     is_private_host,
     is_url,
     normalize_endpoint,
@@ -47,13 +49,13 @@ __all__ = [
     "WITHOUT_EFFECT",
     "DatabaseSettings",
     "Parser",
+    "Remarks",
     "ReplicaSettings",
+    "absolute",
     "database_path",
     "known_values",
     "make_database",
     "make_replica",
-    "pass_over",
-    "without_effect",
 ]
 
 _log = logging.getLogger(__name__)
@@ -63,9 +65,17 @@ _MAX_PART_SIZE: Final = 5 * 1024 * _MIB  # S3's own limit
 
 Parser = Callable[[str, object], object]
 
+
+def _parse_type(name: str, value: object) -> str:
+    text = parse_text(name, value).lower()
+    if text in UNSUPPORTED:
+        raise ConfigError(f"{name}: {text} is not supported: {UNSUPPORTED[text]}")
+    return parse_choice("s3", "file")(name, text)
+
+
 #: Settings of a replica and how each is read.
 REPLICA_KEYS: Final[Mapping[str, Parser]] = {
-    "type": parse_choice("s3", "file"),
+    "type": _parse_type,
     "url": parse_text,
     "path": parse_text,
     "bucket": parse_text,
@@ -119,7 +129,14 @@ DATABASE_KEYS: Final[Mapping[str, Parser]] = {
     "on-fenced": parse_choice("refuse", "local"),
 }
 
-_NOT_YET_DIRECTORY: Final = "not yet: name each database with `path`"
+#: Of Litestream's other types of replica; some stand at a file's top level, as defaults.
+_OF_OTHER_TYPES: Final = (
+    *("account-name", "account-key", "sas-token"),
+    *("host", "user", "password", "key-path", "host-key", "concurrent-writes"),
+    *("webdav-url", "webdav-username", "webdav-password"),
+    *("jwt", "seed", "creds", "nkey", "username", "token", "tls", "root-cas", "client-cert"),
+    *("client-key", "max-reconnects", "reconnect-wait", "timeout"),
+)
 
 #: Settings that are accepted, because Litestream has them, and change nothing.
 WITHOUT_EFFECT: Final[Mapping[str, str]] = {
@@ -148,17 +165,13 @@ WITHOUT_EFFECT: Final[Mapping[str, str]] = {
     "validation": "not yet",
     "validation-interval": "not yet",
     "verify-compaction": "not yet: segments are neither compacted nor removed",
+    **dict.fromkeys(_OF_OTHER_TYPES, "of a type of replica that is not supported"),
 }
 
 #: Keys that cannot be passed over: they would leave data without replica or without encryption.
 REFUSED: Final[Mapping[str, str]] = {
     "age": "client-side encryption is not supported: remove it (sse-kms-key-id and "
     "sse-customer-key encrypt in the store)",
-    "dir": _NOT_YET_DIRECTORY,
-    "pattern": _NOT_YET_DIRECTORY,
-    "recursive": _NOT_YET_DIRECTORY,
-    "watch": _NOT_YET_DIRECTORY,
-    "meta-dir": _NOT_YET_DIRECTORY,
 }
 
 
@@ -237,40 +250,74 @@ class DatabaseSettings:
 # --- names ----------------------------------------------------------------------------------------
 
 
-def pass_over(key: str, known: Iterable[str], where: str) -> None:
-    if key in REFUSED:
-        raise ConfigError(f"{key}: {REFUSED[key]}")
-    if key in WITHOUT_EFFECT:
-        without_effect(key)
-    else:
-        _log.warning("unknown-key key=%s where=%s%s", key, where, nearest(key, known))
+class Remarks:
+    """What is to be said about the names of settings in one source; each thing is said once.
+
+    Args:
+        strict: an unknown name is an error, not a warning.
+    """
+
+    def __init__(self, *, strict: bool) -> None:
+        self._strict = strict
+        self._said: set[tuple[str, str]] = set()
+
+    def pass_over(self, key: str, known: Iterable[str], where: str) -> None:
+        """Say something about a setting that is none of those ``known`` in this place.
+
+        Args:
+            where: what it was found in, for people: "a replica".
+
+        Raises:
+            ConfigError: it cannot be passed over.
+        """
+        if key in REFUSED:
+            raise ConfigError(f"{key}: {REFUSED[key]}")
+        if key in WITHOUT_EFFECT:
+            self.without_effect(key)
+            return
+        hint = _where_it_belongs(key) or nearest(key, known)
+        if self._strict:
+            raise ConfigError(f"unknown setting {key!r} in {where}{hint}")
+        if self._is_news(key, where):
+            _log.warning("unknown-key key=%s where=%s%s", key, where, hint)
+
+    def without_effect(self, key: str) -> None:
+        """Say that a setting of Litestream's changes nothing here, and why."""
+        reason = WITHOUT_EFFECT[key]
+        # What is missing here matters more than what is not needed here.
+        level = logging.WARNING if reason.startswith("not yet") else logging.INFO
+        if self._is_news(key, ""):
+            _log.log(level, "setting-without-effect key=%s reason=%s", key, reason)
+
+    def _is_news(self, key: str, where: str) -> bool:
+        news = (key, where) not in self._said
+        self._said.add((key, where))
+        return news
 
 
-def without_effect(key: str) -> None:
-    reason = WITHOUT_EFFECT[key]
-    # What is missing here matters more than what is not needed here.
-    level = logging.WARNING if reason.startswith("not yet") else logging.INFO
-    _log.log(level, "setting-without-effect key=%s reason=%s", key, reason)
+def _where_it_belongs(key: str) -> str:
+    """`` (it belongs ...)`` for a setting that is known elsewhere, or nothing."""
+    if key in REPLICA_KEYS:
+        return " (it belongs to a replica)"
+    return " (it belongs to a database)" if key in DATABASE_KEYS else ""
 
 
 # --- replicas ------------------------------------------------------------------------------------
 
 
-def known_values(
-    given: Mapping[str, object],
-    what: str,
-    *,
-    strict: bool,
-) -> dict[str, object]:
-    """Values by hyphenated name, read; empty ones and those without effect are left out."""
+def known_values(given: Mapping[str, object], what: str, remarks: Remarks) -> dict[str, object]:
+    """Settings of a replica by hyphenated name, read; empty ones and those without effect are left
+    out.
+
+    Args:
+        what: where they come from, for people: "a replica".
+    """
     values: dict[str, object] = {}
     for key, value in given.items():
         name = str(key).replace("_", "-")
         parser = REPLICA_KEYS.get(name)
         if parser is None:
-            if strict and name not in WITHOUT_EFFECT and name not in REFUSED:
-                raise ConfigError(f"unknown {what}: {key!r}{nearest(name, REPLICA_KEYS)}")
-            pass_over(name, REPLICA_KEYS, what)
+            remarks.pass_over(name, REPLICA_KEYS, what)
         elif name in values:
             raise ConfigError(f"{name} is given twice")
         elif isinstance(value, os.PathLike):
@@ -331,7 +378,7 @@ def _local(values: Mapping[str, object], fields: Mapping[str, object]) -> LocalS
     path = values.get("path")
     if not path:
         raise ConfigError("path: which directory?")
-    return LocalSettings(path=_absolute(str(path)))
+    return LocalSettings(path=absolute(str(path)))
 
 
 def _s3(values: Mapping[str, object], variables: Mapping[str, str]) -> S3Settings:
@@ -341,9 +388,10 @@ def _s3(values: Mapping[str, object], variables: Mapping[str, str]) -> S3Setting
         raise ConfigError("bucket: which one? (s3://BUCKET/PATH, or the variable BUCKET_NAME)")
     if "/" in bucket and not bucket.startswith("arn:"):
         raise ConfigError(f"bucket: {bucket!r} has a slash in it; the rest belongs into `path`")
-    path = text.get("path", "").strip("/")
-    if any(part in (".", "..") for part in path.split("/")):
-        raise ConfigError(f"path: {path!r} has '.' or '..' in it")
+    written = text.get("path", "")
+    path = clean_path(written)
+    if ".." in path.split("/"):
+        raise ConfigError(f"path: {written!r} has '..' in it")
     endpoint: str | None = (
         text.get("endpoint")
         or variables.get("AWS_ENDPOINT_URL_S3")
@@ -374,11 +422,12 @@ def _s3(values: Mapping[str, object], variables: Mapping[str, str]) -> S3Setting
     return S3Settings(
         bucket=bucket,
         path=path,
+        written_path=written if written not in ("", path) else None,
         endpoint=endpoint or None,
         region=region,
         force_path_style=bool(values.get("force-path-style", bool(endpoint))),
         skip_verify=skip_verify,
-        ca_bundle=_absolute(ca_bundle) if ca_bundle and not skip_verify else None,
+        ca_bundle=absolute(ca_bundle) if ca_bundle and not skip_verify else None,
         sign_payload=bool(values.get("sign-payload", True)),
         require_content_md5=bool(values.get("require-content-md5", provider.require_content_md5)),
         tigris_consistent=bool(values.get("tigris-consistent", provider.tigris_consistent)),
@@ -439,7 +488,7 @@ def _encryption(text: Mapping[str, str], endpoint: str | None) -> dict[str, Any]
     if encoded and key_path:
         raise ConfigError("sse-customer-key and sse-customer-key-path: keep one of them")
     if key_path:
-        file = _absolute(key_path)
+        file = absolute(key_path)
         try:
             encoded = file.read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError) as error:
@@ -495,7 +544,7 @@ def make_database(
     return DatabaseSettings(
         path=file,
         meta_path=(
-            _absolute(str(meta_path)) if meta_path else file.with_name(f".{file.name}-walship")
+            absolute(str(meta_path)) if meta_path else file.with_name(f".{file.name}-walship")
         ),
         replica=replica,
         **more,
@@ -503,19 +552,25 @@ def make_database(
 
 
 def database_path(path: str) -> Path:
+    """A database's file, absolute; ``~`` and a ``sqlite://`` prefix are understood.
+
+    Raises:
+        ConfigError: it is none.
+    """
     if not isinstance(path, str):
         raise ConfigError("path: text is expected")
     for prefix in ("sqlite3://", "sqlite://"):
         path = path.removeprefix(prefix)
     if not path or path == ":memory:" or "\0" in path:
         raise ConfigError(f"path: {path!r} is not a database file")
-    return _absolute(path)
+    return absolute(path)
 
 
 # --- small things --------------------------------------------------------------------------------
 
 
-def _absolute(path: str) -> Path:
+def absolute(path: str) -> Path:
+    """The path from the root, with ``~`` expanded; links stay as they are."""
     return Path(os.path.abspath(os.path.expanduser(path)))
 
 

@@ -24,7 +24,9 @@ from walship.replica.errors import ConfigError
 from walship.replica.values import nearest
 
 __all__ = [
+    "UNSUPPORTED",
     "Provider",
+    "clean_path",
     "is_private_host",
     "is_url",
     "normalize_endpoint",
@@ -73,16 +75,20 @@ _CREDENTIALS: Final = frozenset(
         "token",
     }
 )
-_UNSUPPORTED: Final = {
-    "abs": "use s3:// or a directory",
-    "gs": "use s3://BUCKET?endpoint=https://storage.googleapis.com with HMAC keys",
+_OR_MOUNTED: Final = "use s3:// or a directory (a mounted one, perhaps)"
+#: Litestream's other types of replica, and what to do instead.
+UNSUPPORTED: Final = {
+    "abs": "use s3:// with another provider, or a directory (Azure can be mounted)",
+    "gs": "use s3://BUCKET/PATH?endpoint=https://storage.googleapis.com with HMAC keys",
     "nats": "use s3:// or a directory",
-    "oss": "use s3://BUCKET?endpoint=https://oss-REGION.aliyuncs.com",
-    "sftp": "use s3:// or a directory (a mounted one, perhaps)",
-    "webdav": "use s3:// or a directory (a mounted one, perhaps)",
-    "webdavs": "use s3:// or a directory (a mounted one, perhaps)",
-    "http": "use s3://BUCKET/PATH?endpoint=HOST",
-    "https": "use s3://BUCKET/PATH?endpoint=HOST",
+    "oss": "use s3://BUCKET/PATH?endpoint=https://oss-REGION.aliyuncs.com&force-path-style=false",
+    "sftp": _OR_MOUNTED,
+    "webdav": _OR_MOUNTED,
+    "webdavs": _OR_MOUNTED,
+}
+_NO_SCHEMES: Final = {
+    **UNSUPPORTED,
+    **dict.fromkeys(("http", "https"), "use s3://BUCKET/PATH?endpoint=HOST"),
 }
 
 
@@ -135,8 +141,8 @@ def parse_url(url: str) -> dict[str, str]:
     if match is None:
         raise ConfigError(f"not a URL: {_shown(url)}")
     scheme = match[1].lower()
-    if scheme in _UNSUPPORTED:
-        raise ConfigError(f"{scheme}:// is not supported: {_UNSUPPORTED[scheme]}")
+    if scheme in _NO_SCHEMES:
+        raise ConfigError(f"{scheme}:// is not supported: {_NO_SCHEMES[scheme]}")
     if scheme not in ("s3", "file"):
         raise ConfigError(f"{scheme}:// is not supported: use s3://BUCKET/PATH or a directory")
     rest = url[match.end() :]
@@ -148,6 +154,11 @@ def parse_url(url: str) -> dict[str, str]:
     if scheme == "file":
         return _file_settings(url, host, slash + path, query)
     return _s3_settings(url, host, path, query)
+
+
+def clean_path(path: str) -> str:
+    """A key prefix without slashes at its ends, empty parts and ``.`` parts."""
+    return "/".join(part for part in path.split("/") if part not in ("", "."))
 
 
 def _file_settings(url: str, host: str, path: str, query: str) -> dict[str, str]:
@@ -178,7 +189,7 @@ def _s3_settings(url: str, host: str, path: str, query: str) -> dict[str, str]:
             settings["region"] = region
     else:
         settings.update(_host_settings(_decoded(url, host)))
-    if path := path.strip("/"):
+    if path := clean_path(path):
         settings["path"] = path
     settings.update(_parameters(url, query, _S3_PARAMETERS))
     return settings

@@ -11,7 +11,13 @@ from typing import Any, Literal
 
 import apsw
 
-from walship.replica.config import database_settings, default_replica, load_config
+from walship.replica.config import (
+    CONFIG_PLACES,
+    database_settings,
+    default_replica,
+    find_config,
+    load_config,
+)
 from walship.replica.engine import Engine, Status
 from walship.replica.errors import ClosedError, ConfigError, ReplicaError
 from walship.replica.settings import DatabaseSettings, ReplicaSettings
@@ -214,29 +220,51 @@ def _prepare(connection: Connection, name: str, page_size: int | None) -> None:
 
 
 def configure(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
     replica: ReplicaLike | None = None,
+    *,
+    strict: bool = False,
+    expand_env: bool = True,
     **settings: Any,
 ) -> None:
-    """Say how a database is replicated, for connections opened from now on.
+    """Say how a database, or those of a configuration file, are replicated from now on.
 
-    With this, ``apsw.Connection(path, vfs="walship")`` replicates.
+    With this, ``apsw.Connection(path, vfs="walship")`` replicates, and `connect` needs no replica.
+    Databases in the file's directories (``dir``) are found when they are opened, also new ones.
 
     Args:
-        path: a database file; or, without a replica, a configuration file (``.yml``) whose ``dbs``
-            are configured.
+        path: a database file; or, without a replica, a configuration file (``.yml``).  Without a
+            path it is the file that ``WALSHIP_CONFIG`` or ``LITESTREAM_CONFIG`` names, else the
+            first that exists of ``walship.yml`` in the working directory, ``/etc/walship.yml`` and
+            ``/etc/litestream.yml``.
         replica: URL, directory, or mapping of replica settings.
-        **settings: any replica or database setting of the configuration file, with underscores.
+        strict: an unknown key in the file is an error, not a warning.
+        expand_env: replace ``$NAME`` and ``${NAME}`` in the file's values.
+        **settings: any replica or database setting of the configuration file, with underscores;
+            with a database only.
 
     Raises:
-        ConfigError: a setting cannot be used.
+        ConfigError: a setting cannot be used, or there is no configuration file.
     """
     install()
-    if replica is None and os.fspath(path).endswith((".yml", ".yaml")):
-        for database in load_config(path).databases:
-            registry.configure(database)
+    if path is None:
+        if replica is not None:
+            raise ConfigError("configure: which database has this replica? Give its path first")
+        path = find_config()
+        if path is None:
+            raise ConfigError(
+                "configure: there is no configuration file: name it, here or in WALSHIP_CONFIG "
+                f"(looked for: {', '.join(CONFIG_PLACES)})"
+            )
+    elif replica is not None or not os.fspath(path).endswith((".yml", ".yaml")):
+        registry.configure(database_settings(canonical(path), replica, **settings))
         return
-    registry.configure(database_settings(canonical(path), replica, **settings))
+    if settings:
+        raise ConfigError(
+            f"{', '.join(sorted(settings))}: settings of databases belong into {os.fspath(path)}"
+        )
+    found = load_config(path, strict=strict, expand_env=expand_env)
+    registry.configure(*found.databases, directories=found.directories)
 
 
 def replication(database: apsw.Connection | str | os.PathLike[str]) -> Replication:

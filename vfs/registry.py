@@ -14,11 +14,14 @@ import os
 import sys
 import threading
 from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import unquote
 
 import apsw
 
+from walship.replica.directories import DirectorySettings
 from walship.replica.engine import Engine, restore_if_missing
 from walship.replica.errors import ConfigError, ReplicaError
 from walship.replica.host import Host
@@ -52,6 +55,7 @@ class Registry:
         # Guards the dictionaries; held while an engine is opened, so that there is only one.
         self._lock = threading.RLock()
         self._settings: dict[str, DatabaseSettings] = {}
+        self._directories: dict[tuple[Path, str], DirectorySettings] = {}
         self._engines: dict[str, Engine] = {}
         self._files: dict[str, set[MainFile]] = {}
         # Connections between `acquire` and `add`: they keep an engine alive too.
@@ -62,26 +66,40 @@ class Registry:
 
     # -- configuration ------------------------------------------------------------------------
 
-    def configure(self, settings: DatabaseSettings) -> None:
-        """Settings for connections to ``settings.path`` that are opened from now on.
+    def configure(
+        self, *databases: DatabaseSettings, directories: Iterable[DirectorySettings] = ()
+    ) -> None:
+        """Settings for connections to these databases that are opened from now on; all or none.
+
+        Args:
+            databases: they win over directories.
+            directories: for the databases in them that have no settings of their own; those that
+                were given first win.
 
         Raises:
-            ConfigError: the path is open with another replica.
+            ConfigError: a path is open with another replica.
         """
-        path = canonical(settings.path)
         with self._lock:
-            engine = self._engines.get(path)
-            if engine is not None and not same_replica(engine.settings, settings):
-                raise ConfigError(
-                    f"{path} is open and shipped to {engine.status().replica}: close it before "
-                    "giving it another replica"
-                )
-            self._settings[path] = settings
+            for settings in databases:
+                engine = self._engines.get(canonical(settings.path))
+                if engine is not None and not same_replica(engine.settings, settings):
+                    raise ConfigError(
+                        f"{engine.path} is open and shipped to {engine.status().replica}: close it "
+                        "before giving it another replica"
+                    )
+            for settings in databases:
+                self._settings[canonical(settings.path)] = settings
+            for directory in directories:
+                self._directories[directory.directory, directory.pattern] = directory
 
     def settings_for(self, path: str) -> DatabaseSettings | None:
         """What is configured for a canonical path, or None."""
         with self._lock:
-            return self._settings.get(path)
+            settings = self._settings.get(path)
+            if settings is not None:
+                return settings
+            found = (directory.database(path) for directory in self._directories.values())
+            return next(filter(None, found), None)
 
     def engine(self, path: str) -> Engine | None:
         """The engine that serves a path now, or None."""
@@ -109,7 +127,7 @@ class Registry:
                 )
             engine = self._engines.get(path)
             if engine is None:
-                settings = self._settings.get(path)
+                settings = self.settings_for(path)
                 if settings is None or settings.replica is None:
                     return None
                 self._guard(path)

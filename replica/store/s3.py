@@ -12,7 +12,8 @@ server that trickles the headers of an answer, a listing or an error document by
 
 Layout: ``<path>/<level as 4 hex digits>/<min>-<max>.ltx``.  A store at a bucket's top writes
 ``0000/...``; keys of the forms ``/0000/...`` and ``./0000/...``, which Litestream makes from URLs
-without a path, are found and continued (see ``_find_root``).
+without a path, are found and continued, and so is what it makes of ``path: /app`` (see
+``_find_root``).
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ _DELETE_BATCH: Final = 1000  # what one DeleteObjects takes
 _MAX_PARTS: Final = 10_000  # what one multipart upload takes
 _MIB: Final = 1024 * 1024
 _PART_PAUSES_S: Final = (0.2, 0.5, 1.0)  # before the 2nd, 3rd and 4th attempt at a part
-_ROOT_FORMS: Final = ("", "/", "./")
+#: What stands before the level in keys at a bucket's top: ours, and two of Litestream's.
+_TOP_FORMS: Final = ("", "/", "./")
 
 _READ_BYTES: Final = 64 * 1024  # of a body, at once
 _SLOWEST_BYTES_PER_S: Final = 16 * 1024
@@ -161,7 +163,8 @@ class S3Store:
         self._bucket = settings.bucket
         self._lock = threading.Lock()
         self._part_slots = threading.BoundedSemaphore(max(1, settings.concurrency))
-        self._root = f"{settings.path}/" if settings.path else None  # guarded by _lock
+        self._forms = _root_forms(settings)
+        self._root = self._forms[0] if len(self._forms) == 1 else None  # guarded by _lock
         self._connection = _connect(settings)  # guarded by _renewal when it changes
         # Held while keys are read again, so that requests that failed together wait for one answer;
         # nobody else ever waits for it.
@@ -476,27 +479,49 @@ class S3Store:
     # --- where the keys are -----------------------------------------------------------------------
 
     def _find_root(self) -> str:
-        """What stands before every key.  Asks the store once when it is opened at a bucket's top.
+        """What stands before every key.  Asks the store once, if there is more than one form.
 
-        Litestream makes ``./0000/...`` of ``s3://bucket`` and ``/0000/...`` of ``s3://bucket/``;
-        such replicas are continued where they are.  Without one, keys start with the level.
+        Litestream makes ``./0000/...`` of ``s3://bucket``, ``/0000/...`` of ``s3://bucket/`` and of
+        no path at all, and ``/app/0000/...`` of ``path: /app``; such replicas are continued where
+        they are.  Without one, keys start with the clean path or the level.
         """
         with self._lock:
             root = self._root
         if root is not None:
             return root
-        for form in _ROOT_FORMS:
-            if self._has_levels(form):
-                root = form
-                break
-        else:
-            root = ""
-        if root:
-            _log.info("root-form bucket=%s prefix=%s", self._bucket, root)
+        plain, *others = self._forms
+        found = [plain] if self._has_levels(plain) else []
+        for form in others:
+            try:
+                if self._has_levels(form):
+                    found.append(form)
+            except StoreError:
+                if not found:
+                    raise
+        self._tell_form(found)
         with self._lock:
             if self._root is None:
-                self._root = root
+                self._root = found[0] if found else plain
             return self._root
+
+    def _tell_form(self, found: Sequence[str]) -> None:
+        """Say what somebody may have to know who also uses Litestream."""
+        if len(found) > 1:
+            _log.warning(
+                "several-replicas bucket=%s prefix=%r others=%s: the first is used; move the others"
+                " away, or give each a path of its own",
+                self._bucket,
+                found[0],
+                ", ".join(map(repr, found[1:])),
+            )
+        elif not found and not self._settings.path:
+            _log.info(
+                "root-form bucket=%s prefix='': nothing there yet; Litestream does not find a"
+                " replica at a bucket's top, only below a path",
+                self._bucket,
+            )
+        elif found and found[0] != self._forms[0]:
+            _log.info("root-form bucket=%s prefix=%r: Litestream's", self._bucket, found[0])
 
     def _has_levels(self, form: str) -> bool:
         prefix = f"{form}000"  # levels 0 to 9 in 4 hex digits
@@ -511,7 +536,7 @@ class S3Store:
         except StoreError as error:
             # Some stores call such a prefix invalid: then nothing can be there.
             about_prefix = error.code not in _KEY_CODES | {"AccessDenied", "NoSuchBucket"}
-            if form and not error.retryable and about_prefix:
+            if form != self._forms[0] and not error.retryable and about_prefix:
                 return False
             raise
 
@@ -678,6 +703,14 @@ class S3Store:
         ) or code in ("ResponseParserError", "ResponseStreamingError"):
             return self._unavailable(action, key, text, code)
         return StoreError(f"{what}: {text}", code=code)
+
+
+def _root_forms(settings: S3Settings) -> tuple[str, ...]:
+    """What may stand before every key; the first is ours."""
+    forms = [f"{settings.path}/"] if settings.path else [*_TOP_FORMS]
+    if settings.written_path is not None:
+        forms.append(f"{settings.written_path}/")
+    return tuple(dict.fromkeys(forms))
 
 
 def _connect(settings: S3Settings) -> _Connection:

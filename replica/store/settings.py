@@ -5,7 +5,7 @@ Nothing here connects, reads the environment or imports an SDK.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +25,10 @@ class LocalSettings:
 
     path: Path
 
+    def below(self, path: str) -> LocalSettings:
+        """The same for what lies in it under ``path``, which has ``/`` between its parts."""
+        return replace(self, path=self.path / path)
+
 
 @dataclass(frozen=True, kw_only=True)
 class S3Settings:
@@ -33,6 +37,8 @@ class S3Settings:
     Attributes:
         bucket: bucket name or access-point ARN.
         path: key prefix without slashes at its ends; empty for the bucket's top.
+        written_path: the same as it was written, where that is another prefix, ``/app`` say:
+            Litestream puts a replica there, and it is continued there.
         endpoint: URL with scheme, or None for AWS.
         region: signing region, or None to ask the SDK's own configuration, then us-east-1.
         access_key_id, secret_access_key, session_token: static keys, or None for the SDK's chain.
@@ -55,6 +61,7 @@ class S3Settings:
 
     bucket: str
     path: str = ""
+    written_path: str | None = field(default=None, compare=False)
     endpoint: str | None = None
     region: str | None = None
     access_key_id: str | None = None
@@ -76,6 +83,13 @@ class S3Settings:
     connect_timeout_s: float = 5.0
     read_timeout_s: float = 30.0
     max_connections: int = 64
+
+    def below(self, path: str) -> S3Settings:
+        """The same for what lies below it under ``path``, which has ``/`` between its parts."""
+        below = f"{self.path}/{path}" if self.path else path
+        # Of what Litestream does with odd paths only this is left when it appends to them.
+        has_slash = self.written_path is not None and self.written_path.startswith("/")
+        return replace(self, path=below, written_path=f"/{below}" if has_slash else None)
 
 
 StoreSettings = LocalSettings | S3Settings

@@ -514,14 +514,97 @@ def test_a_bare_bucket_continues_the_form_it_finds(endpoint: RecordingEndpoint, 
     assert list(endpoint.objects) == [f"b/{form}0000/0000000000000002-0000000000000002.ltx"]
 
 
+@pytest.mark.parametrize(
+    ("written", "form"),
+    [
+        ("/app", "/app/"),
+        ("app/", "app//"),
+        ("./app", "./app/"),
+        ("a//b", "a//b/"),
+        ("/app", "app/"),
+        ("/", "//"),
+        ("/", "/"),
+        (".", "./"),
+    ],
+)
+def test_a_path_as_litestream_takes_it(
+    endpoint: RecordingEndpoint, written: str, form: str
+) -> None:
+    """Litestream puts keys under a `path` exactly as it is written; they are continued there."""
+    endpoint.objects[f"b/{form}0009/0000000000000001-0000000000000001.ltx"] = (b"1", {})
+    replica = {"bucket": "b", "path": written, "endpoint": endpoint.url}
+    settings = parse_replica(replica, environ=KEYS)
+    with contextlib.closing(open_store(settings.store, FakeClock())) as store:
+        assert len(list(store.list("0009/"))) == 1
+        store.put("0000/x", b"2")
+    assert f"b/{form}0000/x" in endpoint.objects
+
+
+@pytest.mark.parametrize(
+    ("written", "root"), [("/app/", "app/"), ("a//./b", "a/b/"), ("/", ""), ("./", "")]
+)
+def test_a_path_of_a_new_replica_is_clean(
+    endpoint: RecordingEndpoint, written: str, root: str
+) -> None:
+    """Where there is nothing yet, keys have no empty parts, whatever the path looks like."""
+    replica = {"bucket": "b", "path": written, "endpoint": endpoint.url}
+    settings = parse_replica(replica, environ=KEYS)
+    with contextlib.closing(open_store(settings.store, FakeClock())) as store:
+        store.put("0000/x", b"2")
+    assert list(endpoint.objects) == [f"b/{root}0000/x"]
+    endpoint.objects.clear()
+    url = f"s3://b/{written}?endpoint={endpoint.url}"
+    with opened(url) as store:
+        store.put("0000/x", b"2")
+    assert list(endpoint.objects) == [f"b/{root}0000/x"]
+
+
+def test_below_a_path_as_litestream_takes_it() -> None:
+    """Of a directory's databases only a slash at the beginning stays odd."""
+    for written, below, odd in (
+        ("/app", "app/x/a.db", "/app/x/a.db"),
+        ("app/", "app/x/a.db", None),
+        ("", "x/a.db", None),
+    ):
+        store = parse_replica({"bucket": "b", "path": written}, environ=KEYS).store.below("x/a.db")
+        assert isinstance(store, S3Settings)
+        assert (store.path, store.written_path) == (below, odd)
+
+
 def test_a_bare_bucket_asks_once(endpoint: RecordingEndpoint) -> None:
-    """Where the form is the plain one that costs one LIST, and only at first use."""
+    """That costs three LISTs, and only at first use; with a path it costs none."""
     endpoint.objects["b/0009/x"] = (b"1", {})
     with opened(f"s3://b?endpoint={endpoint.url}") as store:
         assert not endpoint.requests
         store.put("0000/a", b"")
         store.put("0000/b", b"")
-    assert [request.method for request in endpoint.requests] == ["GET", "PUT", "PUT"]
+    assert [request.method for request in endpoint.requests] == ["GET"] * 3 + ["PUT"] * 2
+    endpoint.requests.clear()
+    with opened(f"s3://b/app?endpoint={endpoint.url}") as store:
+        store.put("0000/a", b"")
+    assert [request.method for request in endpoint.requests] == ["PUT"]
+
+
+def test_a_bare_bucket_with_two_replicas(
+    endpoint: RecordingEndpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where Litestream and walship were both let loose on a bare bucket, that is said."""
+    for form in ("", "./"):
+        endpoint.objects[f"b/{form}0000/0000000000000001-0000000000000001.ltx"] = (b"1", {})
+    with opened(f"s3://b?endpoint={endpoint.url}") as store:
+        store.put("0000/x", b"")
+    assert "b/0000/x" in endpoint.objects
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "several-replicas bucket=b prefix='' others='./'" in warning
+
+
+def test_what_litestream_needs_is_said(
+    endpoint: RecordingEndpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A new replica at a bucket's top says that Litestream will not find it there."""
+    with caplog.at_level("INFO"), opened(f"s3://b?endpoint={endpoint.url}") as store:
+        store.put("0000/x", b"")
+    assert "Litestream does not find a replica at a bucket's top" in caplog.text
 
 
 def test_an_empty_bare_bucket(endpoint: RecordingEndpoint) -> None:
@@ -557,6 +640,16 @@ def test_a_bare_bucket_is_not_guessed_later(endpoint: RecordingEndpoint, code: s
         with pytest.raises(StoreError, match=code if code != "NoSuchBucket" else "does not exist"):
             store.get("0000/a")
         endpoint.answer = None
+        assert store.get("0000/a") == b"1"
+
+
+def test_a_bare_bucket_whose_policy_allows_the_plain_form(endpoint: RecordingEndpoint) -> None:
+    """Once a replica is found, a refusal to list other forms does not matter."""
+    endpoint.objects["b/0000/a"] = (b"1", {})
+    endpoint.answer = lambda request: (
+        error_answer(403, "AccessDenied") if "/" in request.query.get("prefix", "") else None
+    )
+    with opened(f"s3://b?endpoint={endpoint.url}") as store:
         assert store.get("0000/a") == b"1"
 
 

@@ -16,6 +16,7 @@ import pytest
 from support.clock import FakeClock
 from support.replicas import GOLDEN, golden_copy, manifest, sha256, write_pages
 from walship import __version__, cli
+from walship.replica import config as configuration
 from walship.replica.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,6 +31,7 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("AWS_", "LITESTREAM_", "WALSHIP_", "BUCKET_")):
             monkeypatch.delenv(name)
+    monkeypatch.setattr(configuration, "CONFIG_PLACES", ("walship.yml",))
 
 
 @pytest.fixture
@@ -123,6 +125,63 @@ def test_restore_with_a_configuration_file(run: Run, replica: str, tmp_path: Pat
     code, _, err = run("restore", "-config", config, tmp_path / "other.db")
     assert code == 1
     assert str(database) in err, "the databases that there are"
+
+
+def test_the_configuration_file_is_looked_for(
+    run: Run, replica: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without -config every command takes the file of the environment or of the directory."""
+    database = tmp_path / "app.db"
+    config = tmp_path / "walship.yml"
+    config.write_text(f"dbs:\n  - path: {database}\n    replica: {replica}\n")
+    monkeypatch.chdir(tmp_path)
+    assert run("restore", "app.db")[0] == 0
+    assert database.exists()
+    assert json.loads(run("databases", "-json")[1])[0]["path"] == str(database)
+    assert json.loads(run("status", "-json")[1])[0]["replica_txid"] == "0000000000000013"
+    assert json.loads(run("status", "-json", database)[1])[0]["replica_txid"] != "-"
+    assert json.loads(run("ltx", "-json", database)[1])
+    monkeypatch.chdir("/")
+    for variable in ("WALSHIP_CONFIG", "LITESTREAM_CONFIG"):
+        monkeypatch.setenv(variable, str(config))
+        assert run("ltx", database)[0] == 0
+        monkeypatch.setenv(variable, str(tmp_path / "none.yml"))
+        code, _, err = run("ltx", database)
+        assert code == 1
+        assert "none.yml: No such file" in err
+        monkeypatch.delenv(variable)
+
+
+def test_a_file_that_was_not_named_is_no_obstacle(
+    run: Run, replica: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """WALSHIP_REPLICA, a directory and a URL work beside a file that has nothing on them."""
+    config = tmp_path / "walship.yml"
+    config.write_text(f"dbs:\n  - path: /other.db\n    replica: file://{tmp_path}/r\n")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("restore", "app.db")
+    assert code == 1
+    assert "is not in walship.yml; it has: /other.db" in err
+    assert run("status", "app.db")[0] == 0
+    monkeypatch.setenv("WALSHIP_REPLICA", replica)
+    assert run("restore", "app.db")[0] == 0
+    config.write_text("dbs: [nonsense")
+    directory = replica.removeprefix("file://")
+    for target in (replica, directory):
+        assert run("ltx", target)[0] == 0
+    assert run("restore", "-force", "app.db")[0] == 1, "here it may be what is meant"
+
+
+def test_strict(run: Run, tmp_path: Path) -> None:
+    """An unknown key is a warning; -strict makes it an error."""
+    config = tmp_path / "walship.yml"
+    config.write_text("regoin: eu\ndbs: []\n")
+    code, out, err = run("databases", "-json", "-config", config)
+    assert (code, json.loads(out)) == (0, [])
+    assert "did you mean region?" in err
+    code, out, err = run("databases", "-json", "-strict", "-config", config)
+    assert (code, out) == (1, "")
+    assert "did you mean region?" in err
 
 
 def test_restore_from_the_environments_replica(
@@ -313,6 +372,12 @@ def test_hint_for_a_url_that_the_shell_cut(run: Run, tmp_path: Path) -> None:
     code, _, err = run("restore", f"{url}&region=auto")
     assert code == 1
     assert "put it in quotes" not in err
+    code, _, err = run("restore", "s3://bucket?region=auto")
+    assert code == 1
+    assert "a region and no endpoint" in err
+    code, _, err = run("restore", "s3://bucket?region=eu-west-1&storage-class=X")
+    assert code == 1
+    assert "put it in quotes" not in err
 
 
 # --- times ---------------------------------------------------------------------------------------
@@ -420,6 +485,40 @@ def test_databases(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("databases", "-config", config)
     assert out.splitlines()[0].split() == ["path", "replica"]
     assert out.splitlines()[2].split() == [f"{tmp_path}/b.db", "s3"]
+
+
+def test_databases_says_what_is_not_needed(run: Run, tmp_path: Path) -> None:
+    """The command that looks at the file says all there is to say about it; others do not."""
+    config = tmp_path / "walship.yml"
+    config.write_text(
+        f"dbs:\n  - dir: {tmp_path}/none\n    pattern: '*.db'\n    monitor-interval: 1s\n"
+        f"    replica: file://{tmp_path}/r\n"
+    )
+    code, out, err = run("databases", "-json", "-config", config)
+    assert (code, json.loads(out)) == (0, [])
+    assert "key=monitor-interval reason=commits are seen as they happen" in err
+    assert f"there is no directory {tmp_path}/none" in err
+    assert run("status", "-json", "-config", config) == (0, "[]\n", "")
+
+
+def test_databases_of_a_directory(run: Run, replica: str, tmp_path: Path) -> None:
+    """Databases of a directory are listed, restored and looked at like those with an entry."""
+    (tmp_path / "r").mkdir()
+    Path(replica.removeprefix("file://")).rename(tmp_path / "r" / "a.db")
+    config = tmp_path / "walship.yml"
+    config.write_text(
+        f"dbs:\n  - dir: {tmp_path}/data\n    pattern: '*.db'\n    replica: file://{tmp_path}/r\n"
+    )
+    database = tmp_path / "data" / "a.db"
+    assert run("restore", "-config", config, database)[0] == 0
+    assert json.loads(run("databases", "-json", "-config", config)[1]) == [
+        {"path": str(database), "replica": "file"}
+    ]
+    (row,) = json.loads(run("status", "-json", "-config", config)[1])
+    assert row["replica_txid"] == "0000000000000013"
+    code, _, err = run("ltx", "-config", config, tmp_path / "data" / "a.sqlite")
+    assert code == 1
+    assert f"it has: {tmp_path}/data/*.db" in err
 
 
 def test_status(run: Run, replica: str, tmp_path: Path) -> None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from walship.replica.config import DATABASE_KEYS, REPLICA_KEYS, WITHOUT_EFFECT
+from walship.replica.config import (
+    CONFIG_PLACES,
+    DATABASE_KEYS,
+    DIRECTORY_KEYS,
+    GLOBAL_KEYS,
+    REPLICA_KEYS,
+    WITHOUT_EFFECT,
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 
@@ -29,6 +36,14 @@ def test_every_replica_setting_is_described() -> None:
 def test_every_database_setting_is_described() -> None:
     """The table of database settings has exactly the settings that there are."""
     assert set(rows("Database")) == set(DATABASE_KEYS)
+
+
+def test_every_key_of_a_file_is_described() -> None:
+    """The section on files has the keys that only files have, and names the places."""
+    assert set(rows("Files")) == {"dbs", "logging", *GLOBAL_KEYS, *DIRECTORY_KEYS}
+    text = PAGE.read_text(encoding="utf-8")
+    for place in ("WALSHIP_CONFIG", "LITESTREAM_CONFIG", *CONFIG_PLACES):
+        assert f"`{place}`" in text
 
 
 def test_settings_without_effect_are_listed() -> None:

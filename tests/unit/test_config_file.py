@@ -258,6 +258,93 @@ logging: {levle: debug}
     ]
 
 
+def test_strict(load: Load) -> None:
+    """-strict makes an unknown key an error; what is known not to be needed is none."""
+    text = "addr: :9090\ndbs:\n  - {path: /a.db, monitor-interval: 1s, replica: s3://b/a}\n"
+    assert load(text, strict=True).databases
+    for place in ("regoin: eu\n", "logging: {levle: debug}\n"):
+        with pytest.raises(ConfigError, match=r"unknown setting .* \(did you mean"):
+            load(place + text, strict=True)
+    with pytest.raises(ConfigError, match=r"dbs\[1\]: replica: unknown setting 'regoin'"):
+        load("dbs:\n  - {path: /a.db, replica: {url: s3://b, regoin: eu}}\n", strict=True)
+
+
+def test_misplaced_keys(load: Load, caplog: pytest.LogCaptureFixture) -> None:
+    """A setting one level too high or too low is a warning that says where it belongs."""
+    text = """
+dbs:
+  - path: /a.db
+    region: eu
+    replica: {bucket: b, path: a, busy-timeout: 1s}
+"""
+    with caplog.at_level(logging.WARNING):
+        load(text)
+    assert [record.getMessage() for record in caplog.records] == [
+        "unknown-key key=region where=a database (it belongs to a replica)",
+        "unknown-key key=busy-timeout where=a replica (it belongs to a database)",
+    ]
+
+
+def test_each_key_is_mentioned_once(load: Load, caplog: pytest.LogCaptureFixture) -> None:
+    """With a hundred databases, what is to be said about their keys is still said once."""
+    entry = "  - {path: /N.db, monitor-interval: 1s, nonsense: 1, replica: s3://b/N}\n"
+    text = "dbs:\n" + "".join(entry.replace("N", str(number)) for number in range(100))
+    with caplog.at_level(logging.INFO):
+        assert len(load(text).databases) == 100
+    assert len(caplog.records) == 2
+
+
+def test_of_the_whole_program(load: Load) -> None:
+    """What the sidecar needs is read: where to serve metrics, which command to run."""
+    settings = load("addr: 127.0.0.1:9090\nexec: gunicorn app:app\n")
+    assert (settings.addr, settings.exec) == ("127.0.0.1:9090", "gunicorn app:app")
+    assert load("addr: '[::1]:9090'\n").addr == "[::1]:9090"
+    assert (load("").addr, load("").exec) == (None, None)
+
+
+def test_secrets_stay_secret(load: Load, caplog: pytest.LogCaptureFixture) -> None:
+    """Keys and tokens are in no repr, log or error, whatever is wrong around them."""
+    text = """
+secret-access-key: hunter2
+access-key-id: id
+session-token: hunter2
+nonsense: hunter2
+dbs:
+  - path: /a.db
+    replica: {bucket: b, path: a, secret-key: hunter2, password: hunter2}
+"""
+    with caplog.at_level(logging.DEBUG):
+        settings = load(text)
+    assert store_of(settings.databases[0]).secret_access_key == "hunter2"
+    said = [repr(settings), *(record.getMessage() for record in caplog.records)]
+    assert len(said) == 4, "nonsense, secret-key, password"
+    for wrong in (
+        "secret-access-key: hun$hunter2\n",
+        "secret-access-key: ${hunter2-}\n",
+        "secret-access-key: {a: hunter2}\n",
+        "secret-access-key: ['hunter2']\n",
+        'secret-access-key: "hunter2\\n"\ndbs: 1\n',
+        "sse-customer-key: hunter2\n",
+        "session-token: hunter2\n",
+    ):
+        caplog.clear()
+        try:
+            load(wrong + "dbs: [{path: /a.db, replica: {bucket: b, path: a}}]\n")
+        except ConfigError as error:
+            said.append(str(error))
+        said += [record.getMessage() for record in caplog.records]
+    assert not [text for text in said if "hunter" in text]
+
+
+def test_undefined_secrets(load: Load, caplog: pytest.LogCaptureFixture) -> None:
+    """A variable that is not set where that may be meant is empty, with a warning."""
+    load("access-key-id: ${NO_KEY}\nsecret-access-key: ${NO_SECRET}\n")
+    assert [record.getMessage() for record in caplog.records] == [
+        "variable-not-set key=access-key-id name=NO_KEY",
+        "variable-not-set key=secret-access-key name=NO_SECRET",
+    ]
+
+
 def test_litestreams_own_keys(load: Load, caplog: pytest.LogCaptureFixture) -> None:
     """Litestream's keys without effect here are accepted at their places and mentioned."""
     text = """
@@ -302,9 +389,27 @@ def test_logging_section(load: Load) -> None:
         ("dbs:\n  - {path: /a.db, replica: s3://b, replicas: [s3://c]}", "both given"),
         ("dbs:\n  - {path: /a.db, replicas: [s3://b, s3://c]}", "exactly one"),
         ("dbs:\n  - {path: /a.db, replica: {url: s3://b, bucket: c}}", "url and bucket"),
-        ("dbs:\n  - {dir: /x, pattern: '*.db', replica: s3://b}", "dir: not yet"),
+        ("dbs:\n  - {dir: /x, replica: s3://b}", r"dbs\[1\]: pattern is missing"),
+        ("dbs:\n  - {dir: /x, path: /y, pattern: '*', replica: s3://b}", "path and dir"),
+        (
+            "dbs:\n  - {path: /x, watch: true, replica: s3://b}",
+            "watch: it belongs to an entry with",
+        ),
+        ("dbs:\n  - {dir: /x, pattern: 'a/*.db', replica: s3://b}", "recursive: true"),
+        ("dbs:\n  - {dir: /x, pattern: '*.{db,sqlite}', replica: s3://b}", "an entry of its own"),
+        ("dbs:\n  - {dir: /x, pattern: '*', meta-dir: /m, meta-path: /n, replica: s3://b}", "both"),
+        ("dbs:\n  - {dir: /x, pattern: '*', page-size: 7, replica: s3://b}", "page-size"),
+        ("dir: /x", "belongs to a database"),
+        ("addr: 9090", "addr: not an address"),
+        ("addr: ':70000'", "addr: not an address"),
+        ("dbs: []\nregion: eu\ndbs: []", "dbs is given twice"),
+        ("busy-timeout: 1s\nbusy_timeout: 2s", "busy-timeout is given twice"),
+        ("a: &a [*a]", "nested too deeply"),
         ("dbs:\n  - {path: /a.db, replica: {bucket: b, age: {}}}", "encryption"),
-        ("dbs:\n  - {path: /a.db, replica: {type: gs, bucket: b}}", "type: 'gs' is none of"),
+        (
+            "dbs:\n  - {path: /a.db, replica: {type: gs, bucket: b}}",
+            "type: gs is not supported: use s3://",
+        ),
         ("dbs:\n  - {path: /a.db, busy-timeout: soon, replica: s3://b}", r"dbs\[1\]: busy-timeout"),
         ("url: s3://b", "belongs to a database"),
         (
@@ -317,6 +422,7 @@ def test_logging_section(load: Load) -> None:
         ),
         ("a: [", "not YAML"),
         ("a: b: c", "not YAML"),
+        ("a: {url: s3://b?region=eu}", "needs quotes"),
         ("a: !!python/object:os.system x", "not YAML"),
         ("logging: {level: loud}", "logging.level"),
     ],

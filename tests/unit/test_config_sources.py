@@ -287,7 +287,11 @@ def test_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"url": "s3://b", "type": "file"}, "does not fit"),
         ({"bucket": "b/c"}, "slash"),
         ({"bucket": "b", "path": "a/../b"}, r"\.\."),
-        ({"bucket": "b", "type": "gs"}, "s3, file"),
+        ({"bucket": "b", "type": "ftp"}, "s3, file"),
+        *[
+            ({"bucket": "b", "type": kind}, f"type: {kind} is not supported: use ")
+            for kind in ("gs", "abs", "sftp", "webdav", "nats", "oss")
+        ],
         ({"path": "/x", "region": "eu"}, "region: not a setting of a replica in a directory"),
         ({"bucket": "b", "regoin": "eu"}, "did you mean region"),
         ({"bucket": "b", "concurrency": 0}, "concurrency"),
@@ -365,7 +369,7 @@ def test_no_setting_is_forgotten() -> None:
         field.name.removesuffix("_s")
         for kind in (S3Settings, LocalSettings, DatabaseSettings, ReplicaSettings)
         for field in dataclasses.fields(kind)
-    } - {"store", "replica"}
+    } - {"store", "replica", "written_path"}
     assert fields <= in_file
     read_otherwise = {"type", "url", "sse_customer_key_path", "restore_if_db_not_exists"}
     assert {name.replace("-", "_") for name in (*REPLICA_KEYS, *DATABASE_KEYS)} <= (
@@ -403,7 +407,7 @@ def test_replica_keywords_of_a_database() -> None:
         ({"min_checkpoint_page_count": 0}, "min-checkpoint-page-count"),
         ({"shutdown_sync_timeout": -1}, "not a duration"),
         ({"max_sync_wal_bytes": "much"}, "not a size"),
-        ({"dir": "/x"}, "not yet"),
+        ({"dir": "/x"}, "belongs into a configuration file"),
     ],
 )
 def test_database_refusals(keywords: dict[str, object], says: str) -> None:

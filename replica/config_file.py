@@ -1,0 +1,314 @@
+"""What a configuration file says: its databases, directories and what concerns the whole program.
+
+The tree that ``replica.config_text`` made of it comes in, `Settings` go out.  Files have
+Litestream's format; keys may be written with hyphens or underscores.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from walship.replica.directories import DIRECTORY_KEYS, DirectorySettings
+from walship.replica.errors import ConfigError
+from walship.replica.settings import (
+    DATABASE_KEYS,
+    REFUSED,
+    REPLICA_KEYS,
+    WITHOUT_EFFECT,
+    DatabaseSettings,
+    Parser,
+    Remarks,
+    ReplicaSettings,
+    absolute,
+    database_path,
+    known_values,
+    make_database,
+    make_replica,
+)
+from walship.replica.store.settings import LocalSettings
+from walship.replica.values import parse_bool, parse_choice, parse_text
+
+__all__ = ["GLOBAL_KEYS", "LoggingSettings", "Settings", "read_settings"]
+
+
+def _parse_address(name: str, value: object) -> str:
+    text = parse_text(name, value)
+    match = re.fullmatch(r"(?:\[[0-9a-fA-F:.]+\]|[^\s:\[\]/]*):(\d{1,5})", text)
+    if match is None or int(match[1]) > 65535:
+        raise ConfigError(f"{name}: not an address: {text!r} (:9090 or 127.0.0.1:9090)")
+    return text
+
+
+#: Keys of a file's top level that concern the whole program, and how each is read.  Settings of
+#: replicas and databases may stand there too: they are defaults.
+GLOBAL_KEYS: Final[Mapping[str, Parser]] = {"addr": _parse_address, "exec": parse_text}
+_SECTIONS: Final = ("dbs", "logging")
+_LOGGING_KEYS: Final[Mapping[str, Parser]] = {
+    "level": parse_choice("trace", "debug", "info", "warn", "warning", "error"),
+    "type": parse_choice("text", "json", "pretty"),
+    "stderr": parse_bool,
+    "source": parse_bool,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingSettings:
+    """The ``logging`` section; it concerns the command line only, never an application's logging.
+
+    Attributes:
+        level: trace, debug, info, warn or error.
+        type: text, json or pretty.
+        stderr: log to standard error.
+        source: name file and line.
+    """
+
+    level: str = "info"
+    type: str = "text"
+    stderr: bool = True
+    source: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A configuration file.
+
+    Attributes:
+        databases: the ``dbs`` entries with a ``path``, in order.
+        directories: those with a ``dir``, in order.
+        logging: its ``logging`` section.
+        addr: where metrics are to be served, ``host:port`` or ``:port``, or None.
+        exec: the command that is to be run beside replication, or None.
+    """
+
+    databases: tuple[DatabaseSettings, ...] = ()
+    directories: tuple[DirectorySettings, ...] = ()
+    logging: LoggingSettings = field(default_factory=LoggingSettings)
+    addr: str | None = None
+    exec: str | None = None
+
+    def database(self, path: str | os.PathLike[str]) -> DatabaseSettings | None:
+        """The settings of a database file: its own entry, else the first directory it fits."""
+        wanted = os.path.realpath(database_path(os.fspath(path)))
+        for database in self.databases:
+            if os.path.realpath(database.path) == wanted:
+                return database
+        for directory in self.directories:
+            if found := directory.database(wanted):
+                return found
+        return None
+
+    def all_databases(self) -> list[DatabaseSettings]:
+        """Every database that there is now: those with an entry, then those in directories.
+
+        Raises:
+            ConfigError: two of them have the same replica.
+        """
+        found = {os.path.realpath(each.path): each for each in self.databases}
+        for directory in self.directories:
+            for database in directory.databases():
+                found.setdefault(str(database.path), database)
+        databases = list(found.values())
+        _check_replicas(databases)
+        return databases
+
+
+def read_settings(tree: object, variables: Mapping[str, str], *, strict: bool = False) -> Settings:
+    """Read a configuration file's tree.
+
+    Unknown keys, and keys of Litestream's without effect here, are logged; each once.
+
+    Args:
+        variables: of the environment, for what replicas leave open.
+        strict: an unknown key is an error.
+
+    Raises:
+        ConfigError: a setting that cannot be used; the message names the entry.
+    """
+    remarks = Remarks(strict=strict)
+    top = _section(tree, "the file")
+    values: dict[str, Any] = {}
+    replica_defaults: dict[str, object] = {}
+    database_defaults: dict[str, object] = {}
+    for key, value in top.items():
+        if key in ("url", "meta-path") or key in DIRECTORY_KEYS:
+            raise ConfigError(f"{key}: it belongs to a database, below dbs")
+        for parsers, found in (
+            (GLOBAL_KEYS, values),
+            (REPLICA_KEYS, replica_defaults),
+            (DATABASE_KEYS, database_defaults),
+        ):
+            if key in parsers and value is not None and value != "":
+                found[key] = parsers[key](key, value)
+        known = (*_SECTIONS, *GLOBAL_KEYS, *REPLICA_KEYS, *DATABASE_KEYS)
+        if key not in known or key in WITHOUT_EFFECT:
+            remarks.pass_over(key, known, "the top level")
+    entries = top.get("dbs") or []
+    if not isinstance(entries, list):
+        raise ConfigError("dbs: a list is expected (each entry begins with '-')")
+    databases, directories = [], []
+    reader = _EntryReader(replica_defaults, database_defaults, variables, remarks)
+    for number, entry in enumerate(entries, 1):
+        try:
+            section = _section(entry, "an entry of dbs")
+            if "dir" in section:
+                directories.append(reader.directory(section))
+            else:
+                databases.append(reader.database(section))
+        except ConfigError as error:
+            raise ConfigError(f"dbs[{number}]: {error}") from error
+    _check_paths(databases)
+    _check_replicas(databases)
+    return Settings(
+        databases=tuple(databases),
+        directories=tuple(directories),
+        logging=_logging(top.get("logging"), remarks),
+        **values,
+    )
+
+
+class _EntryReader:
+    """Reads the entries of ``dbs``.
+
+    Args:
+        replica_defaults, database_defaults: values of the top level.
+        variables: of the environment.
+        remarks: takes what is to be said.
+    """
+
+    def __init__(
+        self,
+        replica_defaults: Mapping[str, object],
+        database_defaults: Mapping[str, object],
+        variables: Mapping[str, str],
+        remarks: Remarks,
+    ) -> None:
+        self._replica_defaults = replica_defaults
+        self._database_defaults = database_defaults
+        self._variables = variables
+        self._remarks = remarks
+
+    def database(self, section: Mapping[str, object]) -> DatabaseSettings:
+        """An entry with a ``path``."""
+        if not section.get("path"):
+            raise ConfigError("path is missing: which database file? (or `dir`, for a directory)")
+        for name in DIRECTORY_KEYS:
+            if name in section:
+                raise ConfigError(f"{name}: it belongs to an entry with `dir`")
+        values = self._values(section, DATABASE_KEYS)
+        path = str(values.pop("path"))
+        return make_database(path, self._replica(section), values)
+
+    def directory(self, section: Mapping[str, object]) -> DirectorySettings:
+        """An entry with a ``dir``."""
+        if section.get("path"):
+            raise ConfigError("path and dir are both given: keep one of them")
+        if section.get("meta-path") and section.get("meta-dir"):
+            raise ConfigError("meta-path and meta-dir are both given: keep `meta-dir`")
+        values = self._values(section, {**DATABASE_KEYS, **DIRECTORY_KEYS})
+        for name, what in (("dir", "which directory?"), ("pattern", "which files? *.db, perhaps")):
+            if name not in values:
+                raise ConfigError(f"{name} is missing: {what}")
+        of_directory = {name: values.pop(name) for name in DIRECTORY_KEYS if name in values}
+        # Of several databases it can only be the place for all of theirs.
+        meta_dir = values.pop("meta-path", None) or of_directory.get("meta-dir")
+        directory = absolute(str(of_directory["dir"]))
+        return DirectorySettings(
+            directory=directory,
+            pattern=str(of_directory["pattern"]),
+            recursive=bool(of_directory.get("recursive")),
+            watch=bool(of_directory.get("watch")),
+            meta_dir=absolute(str(meta_dir)) if meta_dir else None,
+            template=make_database(str(directory), self._replica(section), values),
+        )
+
+    def _values(
+        self, section: Mapping[str, object], parsers: Mapping[str, Parser]
+    ) -> dict[str, object]:
+        for name, reason in REFUSED.items():
+            if name in section:
+                raise ConfigError(f"{name}: {reason}")
+        values = dict(self._database_defaults)
+        for key, value in section.items():
+            if key in ("replica", "replicas"):
+                continue
+            if key not in parsers:
+                self._remarks.pass_over(key, (*parsers, "replica"), "a database")
+            elif value is not None and value != "":
+                values[key] = parsers[key](key, value)
+        return values
+
+    def _replica(self, section: Mapping[str, object]) -> ReplicaSettings:
+        replica = section.get("replica")
+        several = section.get("replicas")
+        if replica is not None and several is not None:
+            raise ConfigError("replica and replicas are both given: keep `replica`")
+        if several is not None:
+            if not isinstance(several, list) or len(several) != 1:
+                raise ConfigError("replicas: exactly one replica is supported")
+            replica = several[0]
+        if replica is None:
+            raise ConfigError("replica is missing: where to?")
+        if isinstance(replica, str):
+            replica = {"url": replica}
+        fields = _section(replica, "replica")
+        try:
+            given = known_values(fields, "a replica", self._remarks)
+            return make_replica(given, self._replica_defaults, self._variables)
+        except ConfigError as error:
+            raise ConfigError(f"replica: {error}") from error
+
+
+def _check_paths(databases: Iterable[DatabaseSettings]) -> None:
+    paths: set[Path] = set()
+    for database in databases:
+        if database.path in paths:
+            raise ConfigError(f"{database.path} is listed twice")
+        paths.add(database.path)
+
+
+def _check_replicas(databases: Iterable[DatabaseSettings]) -> None:
+    replicas: dict[object, Path] = {}
+    for database in databases:
+        if database.replica is None:
+            continue
+        store = database.replica.store
+        place: object = (
+            store.path
+            if isinstance(store, LocalSettings)
+            else (store.endpoint, store.bucket, store.path)
+        )
+        if place in replicas:
+            raise ConfigError(
+                f"{replicas[place]} and {database.path} have the same replica: give each its "
+                "own `path`"
+            )
+        replicas[place] = database.path
+
+
+def _logging(section: object, remarks: Remarks) -> LoggingSettings:
+    values: dict[str, Any] = {}
+    for key, value in _section(section, "logging").items():
+        if key not in _LOGGING_KEYS:
+            remarks.pass_over(key, _LOGGING_KEYS, "logging")
+        elif value is not None and value != "":
+            values[key] = _LOGGING_KEYS[key](f"logging.{key}", value)
+    return LoggingSettings(**values)
+
+
+def _section(node: object, what: str) -> dict[str, object]:
+    if node is None:
+        return {}
+    if not isinstance(node, dict):
+        raise ConfigError(f"{what}: settings are expected (name: value)")
+    values: dict[str, object] = {}
+    for key, value in node.items():
+        name = str(key).replace("_", "-")
+        if name in values:
+            raise ConfigError(f"{what}: {name} is given twice")
+        values[name] = value
+    return values

@@ -1,0 +1,108 @@
+"""The commands that ask the processes which have databases open: list, info, status."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+import walship
+from support.databases import WAIT_S
+from walship import cli
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command in this process: exit code, standard output, standard error."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        code = cli.main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A file with one database of its own and a directory."""
+    file = tmp_path / "walship.yml"
+    file.write_text(
+        f"dbs:\n"
+        f"  - path: {tmp_path}/app.db\n"
+        f"    replica: file://{tmp_path}/replica/app\n"
+        f"  - dir: {tmp_path}/tenants\n"
+        f"    pattern: '*.db'\n"
+        f"    replica: file://{tmp_path}/replica/tenants\n"
+    )
+    (tmp_path / "tenants").mkdir()
+    return file
+
+
+def opened(path: Path, replica: Path) -> walship.Connection:
+    """A database with something in it that the replica has."""
+    db = walship.connect(path, replica, sync_interval=0.0)
+    db.execute("create table t(x)")
+    walship.replication(db).sync(WAIT_S)
+    return db
+
+
+def test_list_and_info(run: Run, config: Path, tmp_path: Path) -> None:
+    """Both have Litestream's fields, for databases with an entry and those of directories."""
+    app = opened(tmp_path / "app.db", tmp_path / "replica/app")
+    opened(tmp_path / "tenants/a.db", tmp_path / "replica/tenants/a.db").close()
+    tenant = opened(tmp_path / "tenants/b.db", tmp_path / "replica/tenants/b.db")
+    try:
+        code, out, err = run("list", "-json", "-config", config)
+        assert (code, err) == (0, "")
+        rows = {Path(row.pop("path")).name: row for row in json.loads(out)["databases"]}
+        assert [row["status"] for row in rows.values()] == ["replicating", "stopped", "replicating"]
+        synced = datetime.fromisoformat(rows["app.db"]["last_sync_at"])
+        assert synced.tzinfo is UTC
+        assert "last_sync_at" not in rows["a.db"]
+        _, out, _ = run("list", "-config", config)
+        assert re.fullmatch(r".*/app.db \[replicating\] \(last sync: .*Z\)", out.splitlines()[0])
+        assert out.splitlines()[1] == f"{tmp_path}/tenants/a.db [stopped]"
+
+        code, out, err = run("info", "-json", "-config", config)
+        assert (code, err) == (0, "")
+        info = json.loads(out)
+        assert info["version"] == walship.__version__
+        assert info["pid"] == os.getpid()
+        assert info["database_count"] == 2
+        assert isinstance(info["uptime_seconds"], int)
+        assert datetime.fromisoformat(info["started_at"]) <= synced
+        assert info["processes"][0]["databases"] == [
+            f"{tmp_path}/app.db",
+            f"{tmp_path}/tenants/b.db",
+        ]
+        code, out, _ = run("info", "-config", config)
+        assert code == 0
+        assert f"process {os.getpid()}, since {info['started_at']}:" in out
+    finally:
+        app.close()
+        tenant.close()
+
+
+def test_nothing_runs(run: Run, config: Path) -> None:
+    """Without a process there is nothing to list as replicating, and no process to show."""
+    code, out, _ = run("list", "-json", "-config", config)
+    assert code == 0
+    assert [row["status"] for row in json.loads(out)["databases"]] == ["stopped"]
+    code, out, err = run("info", "-json", "-config", config)
+    assert (code, out) == (1, "")
+    assert f"no process has a database of {config} open" in err
+
+
+def test_a_socket_is_not_needed(run: Run, config: Path) -> None:
+    """Litestream's option is understood, and said to be unnecessary."""
+    code, _, err = run("list", "-socket", "/var/run/x.sock", "-config", config)
+    assert code == 0
+    assert "-socket is not needed" in err
