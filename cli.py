@@ -18,8 +18,10 @@ import platform
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -55,11 +57,13 @@ from walship.replica.restore import (
 from walship.replica.restore_front import parse_time, progress_bar
 from walship.replica.settings import DatabaseSettings, ReplicaSettings, database_path
 from walship.replica.spool import read_state, state_directory
+from walship.replica.sqlite import connections_to
 from walship.replica.store.base import ObjectStore, SegmentInfo
 from walship.replica.store.opening import open_store
 from walship.replica.store.retrying import RetryingStore
 from walship.replica.store.settings import DEFAULT_PART_SIZE, LocalSettings, S3Settings
 from walship.replica.url import is_url
+from walship.replica.verify import in_words, remember, verify
 
 __all__ = ["main"]
 
@@ -71,6 +75,7 @@ EXIT_STORE: Final = 5
 EXIT_GAP: Final = 6
 EXIT_EXISTS: Final = 7
 EXIT_UNFIT: Final = 8
+EXIT_DIFFERS: Final = 9
 EXIT_INTERRUPTED: Final = 130
 EXIT_TERMINATED: Final = 143
 
@@ -85,6 +90,12 @@ _EXIT_CODES: Final[tuple[tuple[type[ReplicaError], int], ...]] = (
     (OutputExistsError, EXIT_EXISTS),
 )
 
+_VERIFY_CODES: Final[Mapping[str, int]] = {
+    "sound": EXIT_OK,
+    "differs": EXIT_DIFFERS,
+    "damaged": EXIT_DAMAGED,
+}
+
 _EXIT_HELP: Final = """\
 exit codes:
   0    done (also: nothing to do, with -if-db-not-exists or -if-replica-exists)
@@ -95,6 +106,7 @@ exit codes:
   6    segments are missing in the middle of the replica
   7    the output exists already
   8    the store is not fit (doctor)
+  9    the replica can be restored, and is not the database (verify)
   130  interrupted (Ctrl-C); nothing was changed
 """
 
@@ -103,6 +115,7 @@ examples:
   walship restore -o app.db 's3://bucket/app.db?endpoint=fly.storage.tigris.dev&region=auto'
   walship restore -config walship.yml /data/app.db
   walship ltx -level all 's3://bucket/app.db'
+  walship verify -config walship.yml /data/app.db
   walship status -config walship.yml
   walship doctor 's3://bucket/app.db'
 
@@ -129,6 +142,19 @@ examples:
 
 The database appears under its name complete and checked, or not at all; until then nothing that
 exists is touched, not even with -force.
+
+{_EXIT_HELP}"""
+
+_VERIFY_HELP: Final = f"""\
+Restores the newest state to a scratch file, has SQLite check it in full, and removes the file.  For
+a database on this machine all pages are also compared with its own, as they were at the same TXID;
+applications may go on using it.  Without one, or where that is not possible, it says so.
+
+examples:
+  the replica of a database, compared with it:
+    walship verify -config walship.yml /data/app.db
+  a replica alone, from any machine:
+    walship verify s3://bucket/app.db
 
 {_EXIT_HELP}"""
 
@@ -384,6 +410,31 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("f", "follow-interval"):
         _option(made, name, nargs="?", action=_NotYet, help=argparse.SUPPRESS)
     _option(made, "dry-run", action="store_true", help="print what would be fetched, fetch nothing")
+    _json(made)
+
+    made = command(
+        "verify",
+        _verify,
+        "restore a replica for trial, check it, and compare it with the database",
+        epilog=_VERIFY_HELP,
+    )
+    _target(made)
+    _config(made)
+    _option(
+        made,
+        "scratch",
+        metavar="DIR",
+        help="where there is room for the scratch file, which is as large as the database (beside"
+        " the database; for a replica alone, the directory for temporary files)",
+    )
+    _option(
+        made,
+        "parallelism",
+        metavar="N",
+        type=_at_least_one,
+        default=8,
+        help="requests under way at once (8)",
+    )
     _json(made)
 
     for name in ("ltx", "wal"):
@@ -649,6 +700,48 @@ def _print_source(
     columns = ["level", "name", "min_txid", "max_txid", "size", "timestamp"]
     headings = ["level", "file", *columns[2:]]
     _print_table(headings, [["-" if f[c] is None else str(f[c]) for c in columns] for f in files])
+
+
+def _verify(arguments: argparse.Namespace, clock: Clock) -> int:
+    replica, path = _replica_of(arguments)
+    directory = None if path is None else _state_directory(arguments, path)
+    if path is not None and connections_to(str(path)):
+        raise ConfigError(
+            f"this process has {path} open: use walship.replication({path.name!r}).verify() here"
+        )
+    scratch = arguments.scratch or (tempfile.gettempdir() if path is None else path.parent)
+    if not os.path.isdir(scratch):
+        raise ConfigError(f"-scratch: there is no directory {scratch}")
+    name = "replica" if path is None else path.name
+    with _opened(replica, clock) as store, progress_bar(name) as progress:
+        found = verify(
+            store,
+            clock,
+            Path(scratch, f".{name}-verify"),
+            database=path,
+            directory=directory,
+            parallelism=arguments.parallelism,
+            progress=progress,
+        )
+    if directory is not None:
+        remember(directory, found)
+    if arguments.json:
+        _print_json(
+            {
+                **asdict(found),
+                "txid": None if found.txid is None else format_txid(found.txid),
+                "time": _timestamp(found.time_ms),
+            }
+        )
+    else:
+        _say(in_words(found))
+    return _VERIFY_CODES[found.outcome]
+
+
+def _state_directory(arguments: argparse.Namespace, path: Path) -> Path:
+    settings = _load(arguments)
+    database = settings.database(str(path)) if settings is not None else None
+    return state_directory(path) if database is None else database.meta_path
 
 
 def _ltx(arguments: argparse.Namespace, clock: Clock) -> int:
