@@ -63,7 +63,7 @@ from walship.replica.store.opening import open_store
 from walship.replica.store.retrying import RetryingStore
 from walship.replica.store.settings import DEFAULT_PART_SIZE, LocalSettings, S3Settings
 from walship.replica.url import is_url
-from walship.replica.verify import in_words, remember, verify
+from walship.replica.verify import in_words, last_verified, remember, verify
 
 __all__ = ["main"]
 
@@ -834,6 +834,15 @@ def _status(arguments: argparse.Namespace, clock: Clock) -> int:
     rows = []
     for path, directory, replica in _chosen(arguments):
         row, error = _database_status(path, directory, replica, clock)
+        verified = last_verified(directory)
+        row["last_verified"] = "-"
+        if verified is not None:
+            sound_ms = verified.sound_ms
+            row["last_verified"] = "never" if sound_ms is None else _timestamp(sound_ms)
+            code = code or _VERIFY_CODES.get(verified.outcome, EXIT_OK)
+            if verified.outcome != "sound":
+                row["last_verified"] += f" ({verified.outcome} {_timestamp(verified.time_ms)})"
+                _say(f"{path}: verification: {_one_line(ReplicaError(verified.problem))}")
         rows.append(row)
         if error is not None:
             _say(_one_line(error))
@@ -841,7 +850,15 @@ def _status(arguments: argparse.Namespace, clock: Clock) -> int:
     if arguments.json:
         _print_json(rows)
     else:
-        columns = ["database", "status", "local_txid", "replica_txid", "lag", "wal_size"]
+        columns = [
+            "database",
+            "status",
+            "local_txid",
+            "replica_txid",
+            "lag",
+            "wal_size",
+            "last_verified",
+        ]
         headings = [name.replace("_", " ") for name in columns]
         _print_table(headings, [[row[name] for name in columns] for row in rows])
     return code

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from walship.replica.engine import Engine, Status
 from walship.replica.errors import ClosedError, ConfigError, ReplicaError
 from walship.replica.settings import DatabaseSettings, ReplicaSettings
 from walship.replica.sqlite import RefusedError, refuse_asynchronous, require_sqlite
+from walship.replica.verify import Verification
 
 from .durable import make_durable
 from .registry import VFS_NAME, canonical, registry
@@ -96,6 +97,34 @@ class Replication:
     def status(self) -> Status:
         """How replication stands now; makes no request and never raises."""
         return self._engine.status()
+
+    def verify(self, timeout: float | None = None) -> Verification:
+        """Restore the replica for trial, check it, and compare it with the database.
+
+        It is done by a process of its own, and commits go on meanwhile; this waits for the outcome.
+        Scratch space of the size of the database is needed in the state directory.
+
+        Args:
+            timeout: seconds; None waits as long as it takes.
+
+        Returns:
+            What was found; also what kept it from being done (outcome "failed").
+
+        Raises:
+            ClosedError: the last connection was closed meanwhile.
+        """
+        found = self._engine.validation.verify(timeout)
+        if found is None:
+            raise ClosedError(f"{self._engine.name} was closed while its replica was verified")
+        return found
+
+    def on_verify_failed(self, callback: Callable[[Verification], object]) -> None:
+        """Have a function called when a verification finds the replica damaged or different.
+
+        It is called in the thread that verifies: with ``validation-interval``, one of the process
+        that uploads.  So register it in each process.  What it raises goes to the log.
+        """
+        self._engine.validation.on_failed(callback)
 
 
 def connect(

@@ -40,6 +40,7 @@ from walship.replica.errors import (
 from walship.replica.restore import RestoreResult
 from walship.replica.restore_front import restore_from as restore
 from walship.replica.sqlite import FencedError, NotYetReplicated, RefusedError, SpoolError
+from walship.replica.verify import Verification
 from walship.vfs.connection import Connection, Replication, configure, connect, replication
 from walship.vfs.durable import durable
 from walship.vfs.replicating import ReplicatingVFS, install
@@ -74,6 +75,7 @@ __all__ = [
     "Status",
     "StoreError",
     "StoreUnavailable",
+    "Verification",
     "configure",
     "connect",
     "durable",
