@@ -44,6 +44,7 @@ from walship.replica.errors import (
 )
 from walship.replica.files import Files
 from walship.replica.format.types import LEVEL_MAX, format_segment_name, format_txid, parse_txid
+from walship.replica.marks import remove_mark
 from walship.replica.peers import ask_leader
 from walship.replica.plan import format_time
 from walship.replica.reset import reset
@@ -54,7 +55,7 @@ from walship.replica.restore import (
     list_replica,
     restore,
 )
-from walship.replica.restore_front import parse_time, progress_bar
+from walship.replica.restore_front import labelled, parse_time, progress_bar
 from walship.replica.settings import DatabaseSettings, ReplicaSettings, database_path
 from walship.replica.spool import read_state, state_directory
 from walship.replica.sqlite import connections_to
@@ -62,6 +63,7 @@ from walship.replica.store.base import ObjectStore, SegmentInfo
 from walship.replica.store.opening import open_store
 from walship.replica.store.retrying import RetryingStore
 from walship.replica.store.settings import DEFAULT_PART_SIZE, LocalSettings, S3Settings
+from walship.replica.timeline import MarkedPoint, Timeline, read_timeline
 from walship.replica.url import is_url
 from walship.replica.verify import in_words, last_verified, remember, verify
 
@@ -115,6 +117,7 @@ examples:
   walship restore -o app.db 's3://bucket/app.db?endpoint=fly.storage.tigris.dev&region=auto'
   walship restore -config walship.yml /data/app.db
   walship ltx -level all 's3://bucket/app.db'
+  walship timeline 's3://bucket/app.db'
   walship verify -config walship.yml /data/app.db
   walship status -config walship.yml
   walship doctor 's3://bucket/app.db'
@@ -135,6 +138,9 @@ examples:
     walship restore -o app.db -timestamp 2026-01-31T15:54:00Z s3://bucket/app.db
     walship restore -o app.db -timestamp -15m s3://bucket/app.db
     walship restore -o app.db -txid 00000000000000a7 s3://bucket/app.db
+    walship restore -o app.db -label before-migration s3://bucket/app.db
+  which there are:
+    walship timeline s3://bucket/app.db
   at the start of a container, where either side may be missing:
     walship restore -if-db-not-exists -if-replica-exists -config walship.yml /data/app.db
   what would be fetched:
@@ -372,6 +378,7 @@ def _parser() -> argparse.ArgumentParser:
         help="restore the newest state before this time: RFC 3339, or relative"
         ' ("-15m", "5 minutes ago")',
     )
+    _option(made, "label", metavar="NAME", help="restore the state that was marked with this name")
     _option(
         made,
         "parallelism",
@@ -453,6 +460,16 @@ def _parser() -> argparse.ArgumentParser:
             help="0 fresh, 1 to 8 compacted, 9 snapshots, or all (0)",
         )
         _json(made)
+
+    made = command("timeline", _timeline, "show which states can be restored, and the marks")
+    _target(made)
+    _config(made)
+    _json(made)
+
+    made = command("unmark", _unmark, "remove a mark: retention need not keep its state any more")
+    _target(made)
+    made.add_argument("label", metavar="NAME", help="the mark")
+    _config(made)
 
     made = command("databases", _databases, "list the databases of the configuration file")
     _config(made)
@@ -595,28 +612,29 @@ def _restore(arguments: argparse.Namespace, clock: Clock) -> int:
         return EXIT_OK
     with _opened(replica, clock) as store:
         try:
-            if arguments.dry_run:
-                source = find_source(
-                    store,
-                    txid=txid,
-                    timestamp_ms=timestamp_ms,
-                    parallelism=arguments.parallelism,
-                )
-                _print_source(source, store, replica, output, arguments.json)
-                return EXIT_OK
-            with progress_bar(output.name) as progress:
-                result = restore(
-                    store,
-                    output,
-                    clock=clock,
-                    txid=txid,
-                    timestamp_ms=timestamp_ms,
-                    parallelism=arguments.parallelism,
-                    integrity_check=arguments.integrity_check,
-                    verify=arguments.verify,
-                    progress=progress,
-                    overwrite=arguments.force,
-                )
+            with labelled(store, arguments.label, txid, timestamp_ms) as target_txid:
+                if arguments.dry_run:
+                    source = find_source(
+                        store,
+                        txid=target_txid,
+                        timestamp_ms=timestamp_ms,
+                        parallelism=arguments.parallelism,
+                    )
+                    _print_source(source, store, replica, output, arguments.json)
+                    return EXIT_OK
+                with progress_bar(output.name) as progress:
+                    result = restore(
+                        store,
+                        output,
+                        clock=clock,
+                        txid=target_txid,
+                        timestamp_ms=timestamp_ms,
+                        parallelism=arguments.parallelism,
+                        integrity_check=arguments.integrity_check,
+                        verify=arguments.verify,
+                        progress=progress,
+                        overwrite=arguments.force,
+                    )
         except NoBackupError as error:
             if not arguments.if_replica_exists:
                 raise
@@ -764,6 +782,101 @@ def _ltx(arguments: argparse.Namespace, clock: Clock) -> int:
         for each in segments
     ]
     _print_table(["level", "min_txid", "max_txid", "size", "created"], rows)
+    return EXIT_OK
+
+
+def _timeline(arguments: argparse.Namespace, clock: Clock) -> int:
+    replica, _ = _replica_of(arguments)
+    with _opened(replica, clock) as store:
+        found = read_timeline(store)
+    if found.warning:
+        _say(f"warning: {found.warning}")
+    if found.gap is not None:
+        _say(f"warning: TXIDs {found.gap} are missing; what follows cannot be restored")
+    if arguments.json:
+        _print_json(_timeline_json(found))
+        return EXIT_OK
+    rows = [
+        [
+            format_txid(each.min_txid),
+            format_txid(each.max_txid),
+            _timestamp(each.from_ms),
+            _timestamp(each.to_ms),
+            str(each.n_points),
+            _granularity(each.level),
+            _human_duration(each.step_ms),
+        ]
+        for each in found.stretches
+    ]
+    headings = ["from txid", "to txid", "from", "to", "states", "restorable", "longest step"]
+    _print_table(headings, rows)
+    if found.marks:
+        print()
+        rows = [
+            [
+                each.mark.label,
+                format_txid(each.mark.txid),
+                _timestamp(each.mark.time_ms),
+                "yes" if each.exact else f"no{_nearest_of(each)}",
+            ]
+            for each in found.marks
+        ]
+        _print_table(["mark", "txid", "marked", "restorable"], rows)
+    return EXIT_OK
+
+
+def _granularity(level: int) -> str:
+    if level == 0:
+        return "each upload"
+    return "snapshots" if level == LEVEL_MAX else f"steps of level {level}"
+
+
+def _nearest_of(point: MarkedPoint) -> str:
+    nearest = [format_txid(txid) for txid in (point.below, point.above) if txid is not None]
+    return f"; nearest: {' and '.join(nearest)}" if nearest else ""
+
+
+def _timeline_json(found: Timeline) -> dict[str, object]:
+    return {
+        "replica": found.replica,
+        "ranges": [
+            {
+                "level": each.level,
+                "min_txid": format_txid(each.min_txid),
+                "max_txid": format_txid(each.max_txid),
+                "from": format_time(each.from_ms),
+                "to": format_time(each.to_ms),
+                "states": each.n_points,
+                "longest_step_ms": each.step_ms,
+            }
+            for each in found.stretches
+        ],
+        "missing": None
+        if found.gap is None
+        else {
+            "min_txid": format_txid(found.gap.min_txid),
+            "max_txid": format_txid(found.gap.max_txid),
+        },
+        "marks": [
+            {
+                "label": each.mark.label,
+                "txid": format_txid(each.mark.txid),
+                "time": format_time(each.mark.time_ms),
+                "restorable": each.exact,
+                "nearest_txids": [
+                    format_txid(txid) for txid in (each.below, each.above) if txid is not None
+                ],
+            }
+            for each in found.marks
+        ],
+    }
+
+
+def _unmark(arguments: argparse.Namespace, clock: Clock) -> int:
+    replica, _ = _replica_of(arguments)
+    with _opened(replica, clock) as store:
+        mark = remove_mark(store, arguments.label)
+    _say(f"the mark {mark.label!r} at TXID {format_txid(mark.txid)} is removed")
     return EXIT_OK
 
 
@@ -981,6 +1094,17 @@ def _timestamp(timestamp_ms: int) -> str:
     except (OverflowError, ValueError, OSError):
         return format_time(timestamp_ms)
     return f"{moment:%Y-%m-%dT%H:%M:%SZ}"
+
+
+def _human_duration(duration_ms: int) -> str:
+    """A duration in its two largest units: ``2h 5m``."""
+    left = (duration_ms + 999) // 1000
+    parts = []
+    for unit, seconds in (("d", 86_400), ("h", 3600), ("m", 60), ("s", 1)):
+        count, left = divmod(left, seconds)
+        if count:
+            parts.append(f"{count}{unit}")
+    return " ".join(parts[:2]) or "-"
 
 
 def _human_size(n_bytes: int) -> str:

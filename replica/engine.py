@@ -33,6 +33,7 @@ from .format.ltx import PageEncoding
 from .format.types import format_txid
 from .host import Host
 from .listing import replica_head
+from .marks import Mark, check_label, put_mark, remove_mark
 from .pagemap import History, PageMap
 from .peers import Message, Peers, Pipe
 from .restore import RestoreResult, restore
@@ -622,6 +623,20 @@ class Engine:
             txid=status.txid or None,
             replicated_txid=status.replicated_txid,
         )
+
+    def mark(self, label: str, timeout: float | None, *, replace: bool) -> Mark:
+        """See `Replication.mark`."""
+        check_label(label)
+        txid = self.sync(timeout)
+        if not txid:
+            raise RefusedError(f"{self.name} is empty: there is no state to mark yet")
+        mark = Mark(label, txid, self._clock.now_ms())
+        put_mark(self._retrying(attempts=5), mark, replace=replace)
+        return mark
+
+    def unmark(self, label: str) -> Mark:
+        """See `Replication.unmark`."""
+        return remove_mark(self._retrying(attempts=5), label)
 
     def status(self) -> Status:
         """How replication stands; makes no request to the replica."""

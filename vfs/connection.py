@@ -14,6 +14,7 @@ import apsw
 from walship.replica.config import database_settings, default_replica, load_config
 from walship.replica.engine import Engine, Status
 from walship.replica.errors import ClosedError, ConfigError, ReplicaError
+from walship.replica.marks import Mark
 from walship.replica.settings import DatabaseSettings, ReplicaSettings
 from walship.replica.sqlite import RefusedError, refuse_asynchronous, require_sqlite
 from walship.replica.verify import Verification
@@ -89,14 +90,51 @@ class Replication:
             RefusedError: the connection is in a write transaction, which would wait for itself.
             ReplicaError: it can never be shipped; the message says why.
         """
+        self._refuse_write_transaction("sync()")
+        return self._engine.sync(timeout)
+
+    def _refuse_write_transaction(self, what: str) -> None:
         connection = None if self._connection is None else self._connection()
         if connection is not None and connection.txn_state() == apsw.SQLITE_TXN_WRITE:
-            raise RefusedError("sync() inside a write transaction: commit it first")
-        return self._engine.sync(timeout)
+            raise RefusedError(f"{what} inside a write transaction: commit it first")
 
     def status(self) -> Status:
         """How replication stands now; makes no request and never raises."""
         return self._engine.status()
+
+    def mark(self, label: str, timeout: float | None = None, *, replace: bool = False) -> Mark:
+        """Give what is committed now a name, under which it can be restored (``label=``).
+
+        Waits until the replica has it, then makes the mark, durably in the replica.  What other
+        threads commit meanwhile may be in the marked state or not.  As long as the mark exists,
+        retention keeps what its state needs: `unmark` it when it is not wanted any more.
+
+        Args:
+            label: up to 100 letters, digits, ".", "_" and "-"; the first a letter or digit.
+            timeout: seconds to wait for the replica; None waits as long as it takes.
+            replace: move the mark if there is one of that label.
+
+        Returns:
+            The mark: TXID and time.
+
+        Raises:
+            ConfigError: the label cannot be used, or is in use.
+            NotYetReplicated: the time ended first; there is no mark.
+            RefusedError: the connection is in a write transaction, or the database is empty.
+            StoreError: the replica did not take the mark; try again.
+            ReplicaError: it can never be shipped; the message says why.
+        """
+        self._refuse_write_transaction("mark()")
+        return self._engine.mark(label, timeout, replace=replace)
+
+    def unmark(self, label: str) -> Mark:
+        """Remove a mark; its state may go with the next retention.  Returns what it was.
+
+        Raises:
+            ConfigError: there is no such mark.
+            StoreError: the replica did not answer.
+        """
+        return self._engine.unmark(label)
 
     def verify(self, timeout: float | None = None) -> Verification:
         """Restore the replica for trial, check it, and compare it with the database.

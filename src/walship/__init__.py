@@ -37,6 +37,7 @@ from walship.replica.errors import (
     StoreError,
     StoreUnavailable,
 )
+from walship.replica.marks import Mark
 from walship.replica.restore import RestoreResult
 from walship.replica.restore_front import restore_from as restore
 from walship.replica.sqlite import FencedError, NotYetReplicated, RefusedError, SpoolError
@@ -60,6 +61,7 @@ __all__ = [
     "FormatError",
     "GapError",
     "IntegrityError",
+    "Mark",
     "NoBackupError",
     "NotYetReplicated",
     "ObjectNotFound",
