@@ -247,3 +247,28 @@ def test_beside_a_bucket(tmp_path: Path, minio_server: S3Endpoint) -> None:
     found_again = last_verified(state_directory(tmp_path / "app.db"))
     assert found_again is not None
     assert found_again.outcome == "sound"
+
+
+_FORK = """
+outcomes = []
+thread = threading.Thread(target=lambda: outcomes.append(walship.replication(db).verify(50)))
+thread.start()
+while not engine().validation._running: time.sleep(0.001)
+time.sleep(0.2)
+pid = os.fork()
+if pid == 0:
+    time.sleep(1)
+    os._exit(0)
+thread.join()
+os.waitpid(pid, 0)
+[(each.outcome, each.compared) for each in outcomes]
+"""
+
+
+def test_a_fork_beside_a_verification(tmp_path: Path, fleet: Workers) -> None:
+    """F22: a forked child has no part in the verification; that of its parent goes on."""
+    database = Database(tmp_path)
+    worker = fleet(database.path, database.replica)
+    worker.run("insert(20); sync()")
+    assert worker.run(_FORK) == [["sound", True]]
+    assert worker.run("insert(); sync()")
