@@ -18,8 +18,10 @@ import platform
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -49,6 +51,7 @@ from walship.replica.errors import (
 )
 from walship.replica.files import Files
 from walship.replica.format.types import LEVEL_MAX, format_segment_name, format_txid, parse_txid
+from walship.replica.marks import remove_mark
 from walship.replica.peers import ask_leader, read_leader
 from walship.replica.plan import format_time
 from walship.replica.process import started_ms
@@ -60,14 +63,17 @@ from walship.replica.restore import (
     list_replica,
     restore,
 )
-from walship.replica.restore_front import parse_time, progress_bar
+from walship.replica.restore_front import labelled, parse_time, progress_bar
 from walship.replica.settings import DatabaseSettings, ReplicaSettings, database_path
 from walship.replica.spool import read_state, state_directory
+from walship.replica.sqlite import connections_to
 from walship.replica.store.base import ObjectStore, SegmentInfo
 from walship.replica.store.opening import open_store
 from walship.replica.store.retrying import RetryingStore
 from walship.replica.store.settings import DEFAULT_PART_SIZE, LocalSettings, S3Settings
+from walship.replica.timeline import MarkedPoint, Timeline, read_timeline
 from walship.replica.url import is_url
+from walship.replica.verify import in_words, last_verified, remember, verify
 
 __all__ = ["main"]
 
@@ -79,6 +85,7 @@ EXIT_STORE: Final = 5
 EXIT_GAP: Final = 6
 EXIT_EXISTS: Final = 7
 EXIT_UNFIT: Final = 8
+EXIT_DIFFERS: Final = 9
 EXIT_INTERRUPTED: Final = 130
 EXIT_TERMINATED: Final = 143
 
@@ -93,6 +100,12 @@ _EXIT_CODES: Final[tuple[tuple[type[ReplicaError], int], ...]] = (
     (OutputExistsError, EXIT_EXISTS),
 )
 
+_VERIFY_CODES: Final[Mapping[str, int]] = {
+    "sound": EXIT_OK,
+    "differs": EXIT_DIFFERS,
+    "damaged": EXIT_DAMAGED,
+}
+
 _EXIT_HELP: Final = """\
 exit codes:
   0    done (also: nothing to do, with -if-db-not-exists or -if-replica-exists)
@@ -103,6 +116,7 @@ exit codes:
   6    segments are missing in the middle of the replica
   7    the output exists already
   8    the store is not fit (doctor)
+  9    the replica can be restored, and is not the database (verify)
   130  interrupted (Ctrl-C); nothing was changed
 """
 
@@ -112,6 +126,8 @@ examples:
   walship restore -config walship.yml /data/app.db
   walship ltx -level all 's3://bucket/app.db'
   walship status
+  walship timeline 's3://bucket/app.db'
+  walship verify -config walship.yml /data/app.db
   walship doctor 's3://bucket/app.db'
 
 Quote a URL that contains "&", or the shell cuts it there.  Keys come from the environment
@@ -132,6 +148,9 @@ examples:
     walship restore -o app.db -timestamp 2026-01-31T15:54:00Z s3://bucket/app.db
     walship restore -o app.db -timestamp -15m s3://bucket/app.db
     walship restore -o app.db -txid 00000000000000a7 s3://bucket/app.db
+    walship restore -o app.db -label before-migration s3://bucket/app.db
+  which there are:
+    walship timeline s3://bucket/app.db
   at the start of a container, where either side may be missing:
     walship restore -if-db-not-exists -if-replica-exists -config walship.yml /data/app.db
   what would be fetched:
@@ -139,6 +158,19 @@ examples:
 
 The database appears under its name complete and checked, or not at all; until then nothing that
 exists is touched, not even with -force.
+
+{_EXIT_HELP}"""
+
+_VERIFY_HELP: Final = f"""\
+Restores the newest state to a scratch file, has SQLite check it in full, and removes the file.  For
+a database on this machine all pages are also compared with its own, as they were at the same TXID;
+applications may go on using it.  Without one, or where that is not possible, it says so.
+
+examples:
+  the replica of a database, compared with it:
+    walship verify -config walship.yml /data/app.db
+  a replica alone, from any machine:
+    walship verify s3://bucket/app.db
 
 {_EXIT_HELP}"""
 
@@ -373,6 +405,7 @@ def _parser() -> argparse.ArgumentParser:
         help="restore the newest state before this time: RFC 3339, or relative"
         ' ("-15m", "5 minutes ago")',
     )
+    _option(made, "label", metavar="NAME", help="restore the state that was marked with this name")
     _option(
         made,
         "parallelism",
@@ -413,6 +446,31 @@ def _parser() -> argparse.ArgumentParser:
     _option(made, "dry-run", action="store_true", help="print what would be fetched, fetch nothing")
     _json(made)
 
+    made = command(
+        "verify",
+        _verify,
+        "restore a replica for trial, check it, and compare it with the database",
+        epilog=_VERIFY_HELP,
+    )
+    _target(made)
+    _config(made)
+    _option(
+        made,
+        "scratch",
+        metavar="DIR",
+        help="where there is room for the scratch file, which is as large as the database (beside"
+        " the database; for a replica alone, the directory for temporary files)",
+    )
+    _option(
+        made,
+        "parallelism",
+        metavar="N",
+        type=_at_least_one,
+        default=8,
+        help="requests under way at once (8)",
+    )
+    _json(made)
+
     for name in ("ltx", "wal"):
         summary = "list the segments of a replica"
         if name == "wal":
@@ -429,6 +487,16 @@ def _parser() -> argparse.ArgumentParser:
             help="0 fresh, 1 to 8 compacted, 9 snapshots, or all (0)",
         )
         _json(made)
+
+    made = command("timeline", _timeline, "show which states can be restored, and the marks")
+    _target(made)
+    _config(made)
+    _json(made)
+
+    made = command("unmark", _unmark, "remove a mark: retention need not keep its state any more")
+    _target(made)
+    made.add_argument("label", metavar="NAME", help="the mark")
+    _config(made)
 
     made = command("databases", _databases, "list the databases of the configuration file")
     _config(made)
@@ -617,28 +685,29 @@ def _restore(arguments: argparse.Namespace, clock: Clock) -> int:
         return EXIT_OK
     with _opened(replica, clock) as store:
         try:
-            if arguments.dry_run:
-                source = find_source(
-                    store,
-                    txid=txid,
-                    timestamp_ms=timestamp_ms,
-                    parallelism=arguments.parallelism,
-                )
-                _print_source(source, store, replica, output, arguments.json)
-                return EXIT_OK
-            with progress_bar(output.name) as progress:
-                result = restore(
-                    store,
-                    output,
-                    clock=clock,
-                    txid=txid,
-                    timestamp_ms=timestamp_ms,
-                    parallelism=arguments.parallelism,
-                    integrity_check=arguments.integrity_check,
-                    verify=arguments.verify,
-                    progress=progress,
-                    overwrite=arguments.force,
-                )
+            with labelled(store, arguments.label, txid, timestamp_ms) as target_txid:
+                if arguments.dry_run:
+                    source = find_source(
+                        store,
+                        txid=target_txid,
+                        timestamp_ms=timestamp_ms,
+                        parallelism=arguments.parallelism,
+                    )
+                    _print_source(source, store, replica, output, arguments.json)
+                    return EXIT_OK
+                with progress_bar(output.name) as progress:
+                    result = restore(
+                        store,
+                        output,
+                        clock=clock,
+                        txid=target_txid,
+                        timestamp_ms=timestamp_ms,
+                        parallelism=arguments.parallelism,
+                        integrity_check=arguments.integrity_check,
+                        verify=arguments.verify,
+                        progress=progress,
+                        overwrite=arguments.force,
+                    )
         except NoBackupError as error:
             if not arguments.if_replica_exists:
                 raise
@@ -724,6 +793,48 @@ def _print_source(
     _print_table(headings, [["-" if f[c] is None else str(f[c]) for c in columns] for f in files])
 
 
+def _verify(arguments: argparse.Namespace, clock: Clock) -> int:
+    replica, path = _replica_of(arguments)
+    directory = None if path is None else _state_directory(arguments, path)
+    if path is not None and connections_to(str(path)):
+        raise ConfigError(
+            f"this process has {path} open: use walship.replication({path.name!r}).verify() here"
+        )
+    scratch = arguments.scratch or (tempfile.gettempdir() if path is None else path.parent)
+    if not os.path.isdir(scratch):
+        raise ConfigError(f"-scratch: there is no directory {scratch}")
+    name = "replica" if path is None else path.name
+    with _opened(replica, clock) as store, progress_bar(name) as progress:
+        found = verify(
+            store,
+            clock,
+            Path(scratch, f".{name}-verify"),
+            database=path,
+            directory=directory,
+            parallelism=arguments.parallelism,
+            progress=progress,
+        )
+    if directory is not None:
+        remember(directory, found)
+    if arguments.json:
+        _print_json(
+            {
+                **asdict(found),
+                "txid": None if found.txid is None else format_txid(found.txid),
+                "time": _timestamp(found.time_ms),
+            }
+        )
+    else:
+        _say(in_words(found))
+    return _VERIFY_CODES[found.outcome]
+
+
+def _state_directory(arguments: argparse.Namespace, path: Path) -> Path:
+    loaded = _load(arguments)
+    database = loaded[0].database(str(path)) if loaded is not None else None
+    return state_directory(path) if database is None else database.meta_path
+
+
 def _ltx(arguments: argparse.Namespace, clock: Clock) -> int:
     if arguments.command == "wal":
         _say("warning: `walship wal` is now called `walship ltx`")
@@ -744,6 +855,101 @@ def _ltx(arguments: argparse.Namespace, clock: Clock) -> int:
         for each in segments
     ]
     _print_table(["level", "min_txid", "max_txid", "size", "created"], rows)
+    return EXIT_OK
+
+
+def _timeline(arguments: argparse.Namespace, clock: Clock) -> int:
+    replica, _ = _replica_of(arguments)
+    with _opened(replica, clock) as store:
+        found = read_timeline(store)
+    if found.warning:
+        _say(f"warning: {found.warning}")
+    if found.gap is not None:
+        _say(f"warning: TXIDs {found.gap} are missing; what follows cannot be restored")
+    if arguments.json:
+        _print_json(_timeline_json(found))
+        return EXIT_OK
+    rows = [
+        [
+            format_txid(each.min_txid),
+            format_txid(each.max_txid),
+            _timestamp(each.from_ms),
+            _timestamp(each.to_ms),
+            str(each.n_points),
+            _granularity(each.level),
+            _human_duration(each.step_ms),
+        ]
+        for each in found.stretches
+    ]
+    headings = ["from txid", "to txid", "from", "to", "states", "restorable", "longest step"]
+    _print_table(headings, rows)
+    if found.marks:
+        print()
+        rows = [
+            [
+                each.mark.label,
+                format_txid(each.mark.txid),
+                _timestamp(each.mark.time_ms),
+                "yes" if each.exact else f"no{_nearest_of(each)}",
+            ]
+            for each in found.marks
+        ]
+        _print_table(["mark", "txid", "marked", "restorable"], rows)
+    return EXIT_OK
+
+
+def _granularity(level: int) -> str:
+    if level == 0:
+        return "each upload"
+    return "snapshots" if level == LEVEL_MAX else f"steps of level {level}"
+
+
+def _nearest_of(point: MarkedPoint) -> str:
+    nearest = [format_txid(txid) for txid in (point.below, point.above) if txid is not None]
+    return f"; nearest: {' and '.join(nearest)}" if nearest else ""
+
+
+def _timeline_json(found: Timeline) -> dict[str, object]:
+    return {
+        "replica": found.replica,
+        "ranges": [
+            {
+                "level": each.level,
+                "min_txid": format_txid(each.min_txid),
+                "max_txid": format_txid(each.max_txid),
+                "from": format_time(each.from_ms),
+                "to": format_time(each.to_ms),
+                "states": each.n_points,
+                "longest_step_ms": each.step_ms,
+            }
+            for each in found.stretches
+        ],
+        "missing": None
+        if found.gap is None
+        else {
+            "min_txid": format_txid(found.gap.min_txid),
+            "max_txid": format_txid(found.gap.max_txid),
+        },
+        "marks": [
+            {
+                "label": each.mark.label,
+                "txid": format_txid(each.mark.txid),
+                "time": format_time(each.mark.time_ms),
+                "restorable": each.exact,
+                "nearest_txids": [
+                    format_txid(txid) for txid in (each.below, each.above) if txid is not None
+                ],
+            }
+            for each in found.marks
+        ],
+    }
+
+
+def _unmark(arguments: argparse.Namespace, clock: Clock) -> int:
+    replica, _ = _replica_of(arguments)
+    with _opened(replica, clock) as store:
+        mark = remove_mark(store, arguments.label)
+    _say(f"the mark {mark.label!r} at TXID {format_txid(mark.txid)} is removed")
     return EXIT_OK
 
 
@@ -893,6 +1099,15 @@ def _status(arguments: argparse.Namespace, clock: Clock) -> int:
     rows = []
     for path, directory, replica in _chosen(arguments):
         row, error = _database_status(path, directory, replica, clock)
+        verified = last_verified(directory)
+        row["last_verified"] = "-"
+        if verified is not None:
+            sound_ms = verified.sound_ms
+            row["last_verified"] = "never" if sound_ms is None else _timestamp(sound_ms)
+            code = code or _VERIFY_CODES.get(verified.outcome, EXIT_OK)
+            if verified.outcome != "sound":
+                row["last_verified"] += f" ({verified.outcome} {_timestamp(verified.time_ms)})"
+                _say(f"{path}: verification: {_one_line(ReplicaError(verified.problem))}")
         rows.append(row)
         if error is not None:
             _say(_one_line(error))
@@ -900,7 +1115,15 @@ def _status(arguments: argparse.Namespace, clock: Clock) -> int:
     if arguments.json:
         _print_json(rows)
     else:
-        columns = ["database", "status", "local_txid", "replica_txid", "lag", "wal_size"]
+        columns = [
+            "database",
+            "status",
+            "local_txid",
+            "replica_txid",
+            "lag",
+            "wal_size",
+            "last_verified",
+        ]
         headings = [name.replace("_", " ") for name in columns]
         _print_table(headings, [[row[name] for name in columns] for row in rows])
     return code
@@ -1023,6 +1246,17 @@ def _timestamp(timestamp_ms: int) -> str:
     except (OverflowError, ValueError, OSError):
         return format_time(timestamp_ms)
     return f"{moment:%Y-%m-%dT%H:%M:%SZ}"
+
+
+def _human_duration(duration_ms: int) -> str:
+    """A duration in its two largest units: ``2h 5m``."""
+    left = (duration_ms + 999) // 1000
+    parts = []
+    for unit, seconds in (("d", 86_400), ("h", 3600), ("m", 60), ("s", 1)):
+        count, left = divmod(left, seconds)
+        if count:
+            parts.append(f"{count}{unit}")
+    return " ".join(parts[:2]) or "-"
 
 
 def _human_size(n_bytes: int) -> str:

@@ -171,6 +171,15 @@ def read_settings(tree: object, variables: Mapping[str, str], *, strict: bool = 
     )
 
 
+#: Settings of a database that stood in its replica before Litestream 0.5, and still may.
+_ONCE_OF_REPLICAS: Final = (
+    "retention",
+    "retention-check-interval",
+    "snapshot-interval",
+    "validation-interval",
+)
+
+
 class _EntryReader:
     """Reads the entries of ``dbs``.
 
@@ -226,23 +235,13 @@ class _EntryReader:
             template=make_database(str(directory), self._replica(section), values),
         )
 
-    def _values(
-        self, section: Mapping[str, object], parsers: Mapping[str, Parser]
-    ) -> dict[str, object]:
-        for name, reason in REFUSED.items():
-            if name in section:
-                raise ConfigError(f"{name}: {reason}")
-        values = dict(self._database_defaults)
-        for key, value in section.items():
-            if key in ("replica", "replicas"):
-                continue
-            if key not in parsers:
-                self._remarks.pass_over(key, (*parsers, "replica"), "a database")
-            elif value is not None and value != "":
-                values[key] = parsers[key](key, value)
-        return values
+    @staticmethod
+    def _fields(section: Mapping[str, object]) -> dict[str, object]:
+        """What an entry says of its replica, by name.
 
-    def _replica(self, section: Mapping[str, object]) -> ReplicaSettings:
+        Raises:
+            ConfigError: nothing, or of more than one.
+        """
         replica = section.get("replica")
         several = section.get("replicas")
         if replica is not None and several is not None:
@@ -255,7 +254,31 @@ class _EntryReader:
             raise ConfigError("replica is missing: where to?")
         if isinstance(replica, str):
             replica = {"url": replica}
-        fields = _section(replica, "replica")
+        return dict(_section(replica, "replica"))
+
+    def _values(
+        self, section: Mapping[str, object], parsers: Mapping[str, Parser]
+    ) -> dict[str, object]:
+        for name, reason in REFUSED.items():
+            if name in section:
+                raise ConfigError(f"{name}: {reason}")
+        values = dict(self._database_defaults)
+        fields = self._fields(section)
+        older = {name: fields[name] for name in _ONCE_OF_REPLICAS if name in fields}
+        given: dict[str, object] = {**older, **section}
+        for key, value in given.items():
+            if key in ("replica", "replicas"):
+                continue
+            if key not in parsers:
+                self._remarks.pass_over(key, (*parsers, "replica"), "a database")
+            elif value is not None and value != "":
+                values[key] = parsers[key](key, value)
+        return values
+
+    def _replica(self, section: Mapping[str, object]) -> ReplicaSettings:
+        fields = self._fields(section)
+        for name in _ONCE_OF_REPLICAS:
+            fields.pop(name, None)
         try:
             given = known_values(fields, "a replica", self._remarks)
             return make_replica(given, self._replica_defaults, self._variables)

@@ -33,6 +33,7 @@ from .format.ltx import PageEncoding
 from .format.types import format_txid
 from .host import Host
 from .listing import replica_head
+from .marks import Mark, check_label, put_mark, remove_mark
 from .pagemap import History, PageMap
 from .peers import Message, Peers, Pipe
 from .restore import RestoreResult, restore
@@ -52,6 +53,8 @@ from .store.local import fsync_directory, sync_data
 from .store.retrying import RetryingStore
 from .store.settings import LocalSettings
 from .uploader import MAX_IN_FLIGHT, Uploader, error_of
+from .validation import Validation
+from .verify_process import Job, VerifyProcess
 
 __all__ = ["Engine", "Status", "restore_if_missing"]
 
@@ -90,6 +93,11 @@ class Status:
         fence: "held" (this database is the replica's writer), "idle" (its lease may have run out;
             the next commit renews it), "lost" (another writer has it) or "none" (switched off, or
             the store cannot).
+        last_verification: how the last verification of the replica ended: "sound", "damaged",
+            "differs" or "failed" (it could not be done); None if there was none.
+        verification_problem: what was wrong, and what to do; None if nothing.
+        last_verified_ms: when the replica was last found sound, ms since the epoch, or None.
+        last_verified_txid: the state that was found sound then, or None.
     """
 
     path: str
@@ -106,10 +114,16 @@ class Status:
     last_error: str | None
     uploader: bool
     fence: str
+    last_verification: str | None = None
+    verification_problem: str | None = None
+    last_verified_ms: int | None = None
+    last_verified_txid: int | None = None
 
     @property
     def ok(self) -> bool:
         """Whether nothing is wrong right now."""
+        if self.last_verification in ("damaged", "differs"):
+            return False
         return self.last_error is None and self.state in ("ok", "opening")
 
 
@@ -189,6 +203,21 @@ class Engine:
             watch=self._watch_locks,
             rng=host.rng(),
         )
+        job = Job(
+            store=settings.replica.store,
+            url=store.url,
+            database=settings.path,
+            directory=spool.directory,
+        )
+        self.validation = Validation(
+            self.name,
+            spool.directory,
+            store.url,
+            clock,
+            settings.validation_interval_s,
+            may_run=lambda: self.uploader.leads and self.uploader.replicated_txid > 0,
+            make=lambda: VerifyProcess(job),
+        )
         self._closed = False
         self._adopt = settings.adopt
         self._was_alone = spool.alone
@@ -233,6 +262,7 @@ class Engine:
             spool.admit()
             engine._peers.start()
             engine.uploader.start()
+            engine.validation.start()
         except BaseException:
             if engine is not None:
                 engine._give_up_files()
@@ -468,6 +498,7 @@ class Engine:
     def gate_restart(self, header: bytes, read_main: Callable[[int, int], bytes]) -> None:
         """See `Capture.gate_restart`; what to do when the spool is full is the user's choice."""
         self._gate(lambda: self.capture.gate_restart(header, read_main))
+        self.validation.resume()  # whatever looked like the last close was none
 
     def gate_discard(self, read_main: Callable[[int, int], bytes]) -> None:
         """See `Capture.gate_discard`."""
@@ -494,6 +525,7 @@ class Engine:
 
     def before_close(self) -> None:
         """The last connection is about to checkpoint and delete the WAL: drain, and get out."""
+        self.validation.pause()
         try:
             self.capture.drain()
         except ReplicaError as error:
@@ -507,6 +539,7 @@ class Engine:
     def after_open(self) -> None:
         """A connection is opening: plain connections of our own are allowed again."""
         self._port.open()
+        self.validation.resume()
 
     def note_trouble(self, error: Exception) -> None:
         """Something failed where SQLite could not be told; the gate will meet it again."""
@@ -532,6 +565,7 @@ class Engine:
         )
         self._port.close_in_child()
         self._peers.close_in_child()
+        self.validation.forget()
         self._spool.close()  # the lock is the parent's: a record lock is not inherited
 
     # -- for the application ------------------------------------------------------------------
@@ -590,6 +624,20 @@ class Engine:
             replicated_txid=status.replicated_txid,
         )
 
+    def mark(self, label: str, timeout: float | None, *, replace: bool) -> Mark:
+        """See `Replication.mark`."""
+        check_label(label)
+        txid = self.sync(timeout)
+        if not txid:
+            raise RefusedError(f"{self.name} is empty: there is no state to mark yet")
+        mark = Mark(label, txid, self._clock.now_ms())
+        put_mark(self._retrying(attempts=5), mark, replace=replace)
+        return mark
+
+    def unmark(self, label: str) -> Mark:
+        """See `Replication.unmark`."""
+        return remove_mark(self._retrying(attempts=5), label)
+
     def status(self) -> Status:
         """How replication stands; makes no request to the replica."""
         mine = self._own_status()
@@ -624,6 +672,7 @@ class Engine:
             name = "retrying"
         else:
             name = "ok" if uploader.reconciled else "opening"
+        verified = self.validation.last()
         return Status(
             path=self.path,
             replica=self._store.url,
@@ -639,6 +688,10 @@ class Engine:
             last_error=error,
             uploader=uploader.leads,
             fence=self._fence_state(),
+            last_verification=None if verified is None else verified.outcome,
+            verification_problem=None if verified is None else verified.problem or None,
+            last_verified_ms=None if verified is None else verified.sound_ms,
+            last_verified_txid=None if verified is None else verified.sound_txid,
         )
 
     def _fence_state(self) -> str:
@@ -737,6 +790,7 @@ class Engine:
     def release(self) -> None:
         """Give up files, connections and the lock at once, shipping nothing."""
         self._closed = True
+        self.validation.stop()
         self._port.remove_empty_wal()
         self._give_up_files()
 

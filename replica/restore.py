@@ -130,6 +130,7 @@ def restore(
     progress: Progress | None = None,
     overwrite: bool = False,
     inspect: Callable[[RestoreResult], object] | None = None,
+    keep: bool = True,
 ) -> RestoreResult:
     """Restore a database to a file.
 
@@ -149,6 +150,8 @@ def restore(
             belong to the new one, are removed immediately before; nobody may have it open.
         inspect: called when the file is complete and does not have its name yet, with that it has
             (and a duration of 0).
+        keep: False removes the file again once it was inspected, in place of giving it its name:
+            a trial, for which nothing is synced.
 
     Raises:
         ConfigError: arguments that cannot be used.
@@ -176,12 +179,13 @@ def restore(
             try:
                 with _Temporary(target) as temporary:
                     result = _fill(
-                        store, source, temporary, parallelism, verify == "full", progress
+                        store, source, temporary, parallelism, verify == "full", progress, keep
                     )
                     _check_database(temporary.path, integrity_check)
                     if inspect is not None:
                         inspect(result)
-                    temporary.publish(overwrite)
+                    if keep:
+                        temporary.publish(overwrite)
             except ObjectNotFound as error:
                 # Retention may remove what a newer snapshot or compaction replaces.
                 _log.info("an object disappeared, planning again: %s", error)
@@ -275,8 +279,9 @@ def _fill(
     parallelism: int,
     verify_full: bool,
     progress: Progress | None,
+    durable: bool,
 ) -> RestoreResult:
-    """Write the database to the temporary file and make it durable."""
+    """Write the database to the temporary file and make it durable, if it is to stay."""
     with Fetcher(store, parallelism, progress) as fetcher, _Flusher(temporary.fd) as flusher:
         if source.plan is not None:
             applied = apply_segments(
@@ -284,7 +289,7 @@ def _fill(
                 source.plan.segments,
                 temporary.fd,
                 verify_full=verify_full,
-                on_written=flusher.written,
+                on_written=flusher.written if durable else None,
             )
             n_segments, txid = len(source.plan.segments), source.plan.max_txid
             warnings = source.plan.warnings
@@ -295,7 +300,8 @@ def _fill(
             warnings = ()
     for warning in warnings:
         _log.warning("%s", warning)
-    fsync_file(temporary.fd)
+    if durable:
+        fsync_file(temporary.fd)
     return RestoreResult(
         output=temporary.path,
         txid=txid,

@@ -17,15 +17,18 @@ from typing import Any, Final, Literal
 from .check import IntegrityMode
 from .clock import SystemClock
 from .config import parse_replica
-from .errors import ConfigError, FormatError
+from .errors import ConfigError, FormatError, NoBackupError, RestoreError
 from .format.types import parse_txid
+from .marks import find_mark
+from .plan import format_time
 from .restore import Progress, RestoreResult, restore
+from .store.base import ObjectStore
 from .store.opening import open_store
 from .store.retrying import RetryingStore
 from .store.timestamps import parse_timestamp
 from .values import parse_duration
 
-__all__ = ["parse_time", "progress_bar", "restore_from"]
+__all__ = ["labelled", "parse_time", "progress_bar", "restore_from"]
 
 #: Words for units of time, singular, in seconds.
 _TIME_UNITS: Final[Mapping[str, int]] = {
@@ -45,6 +48,7 @@ def restore_from(
     *,
     txid: int | str | None = None,
     timestamp: datetime | str | float | None = None,
+    label: str | None = None,
     parallelism: int = 8,
     progress: bool | Progress = False,
     integrity_check: IntegrityMode = "none",
@@ -63,6 +67,7 @@ def restore_from(
         txid: restore exactly this TXID (a number, or 16 hex digits); the newest state without it.
         timestamp: restore the newest state strictly before this: a datetime (naive ones are local
             time), seconds since the epoch, RFC 3339 text, or relative text such as "-15m".
+        label: restore the state that was given this label (`Replication.mark`).
         parallelism: requests under way at once, at least 1.
         progress: True for a bar on standard error if that is a terminal, or a function that is
             called with (bytes fetched so far, bytes expected).
@@ -87,12 +92,13 @@ def restore_from(
     with (
         closing(RetryingStore(open_store(parsed.store, clock), clock)) as store,
         _progress(progress, os.path.basename(os.fspath(output))) as report,
+        labelled(store, label, target_txid, target_ms) as chosen_txid,
     ):
         return restore(
             store,
             output,
             clock=clock,
-            txid=target_txid,
+            txid=chosen_txid,
             timestamp_ms=target_ms,
             parallelism=parallelism,
             integrity_check=integrity_check,
@@ -100,6 +106,30 @@ def restore_from(
             progress=report,
             overwrite=overwrite,
         )
+
+
+@contextlib.contextmanager
+def labelled(
+    store: ObjectStore, label: str | None, txid: int | None, timestamp_ms: int | None
+) -> Iterator[int | None]:
+    """The TXID to restore: that of a mark if a label is given, else ``txid``.
+
+    Raises:
+        ConfigError: more than one target, or no such mark.
+        NoBackupError: there is no replica; or, out of the context, the mark's state is gone.
+    """
+    if label is None:
+        yield txid
+        return
+    if txid is not None or timestamp_ms is not None:
+        raise ConfigError("give a label, a TXID or a timestamp to restore to, not several")
+    mark = find_mark(store, label)
+    try:
+        yield mark.txid
+    except NoBackupError as error:
+        raise RestoreError(
+            f"the state marked {label!r} at {format_time(mark.time_ms)} is gone: {error}"
+        ) from error
 
 
 def _milliseconds(timestamp: datetime | str | float, now_ms: int) -> int:

@@ -73,6 +73,15 @@ def _parse_type(name: str, value: object) -> str:
     return parse_choice("s3", "file")(name, text)
 
 
+def _parse_validation(name: str, value: object) -> float:
+    """Seconds: of Litestream's section with ``interval`` in it, or of a duration."""
+    if isinstance(value, Mapping):
+        if set(value) != {"interval"}:
+            raise ConfigError(f"{name}: a section with `interval`, and nothing else, is expected")
+        value = value["interval"]
+    return parse_duration(name, value)
+
+
 #: Settings of a replica and how each is read.
 REPLICA_KEYS: Final[Mapping[str, Parser]] = {
     "type": _parse_type,
@@ -127,6 +136,8 @@ DATABASE_KEYS: Final[Mapping[str, Parser]] = {
     "fence-wait": parse_duration,
     "fence-lease": parse_duration,
     "on-fenced": parse_choice("refuse", "local"),
+    "validation": _parse_validation,
+    "validation-interval": parse_duration,
 }
 
 #: Of Litestream's other types of replica; some stand at a file's top level, as defaults.
@@ -162,8 +173,6 @@ WITHOUT_EFFECT: Final[Mapping[str, str]] = {
     "socket": "not yet: there is no control socket",
     "sse-customer-key-md5": "the digest is computed from the key",
     "truncate-page-n": "SQLite checkpoints by itself, and nothing holds it back",
-    "validation": "not yet",
-    "validation-interval": "not yet",
     "verify-compaction": "not yet: segments are neither compacted nor removed",
     **dict.fromkeys(_OF_OTHER_TYPES, "of a type of replica that is not supported"),
 }
@@ -222,6 +231,8 @@ class DatabaseSettings:
             seconds.
         on_fenced: when another host owns the replica: "refuse" fails commits, "local" lets them
             happen here without a replica.
+        validation_interval_s: how often the replica is restored for trial and compared with the
+            database, in the background, seconds; 0: never.
     """
 
     path: Path
@@ -245,6 +256,7 @@ class DatabaseSettings:
     fence_wait_s: float = 0.0
     fence_lease_s: float = 30.0
     on_fenced: Literal["refuse", "local"] = "refuse"
+    validation_interval_s: float = 0.0
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -533,6 +545,9 @@ def make_database(
     on_missing = more.pop("restore_if_db_not_exists", None)
     if on_missing is not None:
         more.setdefault("restore", "if-missing" if on_missing else "never")
+    validation_s = more.pop("validation", None)
+    if validation_s is not None:
+        more.setdefault("validation_interval_s", validation_s)
     page_size = more.get("page_size")
     if page_size is not None and not is_page_size(page_size):
         raise ConfigError(f"page-size: {page_size} is not a power of two from 512 to 65536")

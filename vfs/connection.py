@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
@@ -20,8 +20,10 @@ from walship.replica.config import (
 )
 from walship.replica.engine import Engine, Status
 from walship.replica.errors import ClosedError, ConfigError, ReplicaError
+from walship.replica.marks import Mark
 from walship.replica.settings import DatabaseSettings, ReplicaSettings
 from walship.replica.sqlite import RefusedError, refuse_asynchronous, require_sqlite
+from walship.replica.verify import Verification
 
 from .durable import make_durable
 from .registry import VFS_NAME, canonical, registry
@@ -94,14 +96,79 @@ class Replication:
             RefusedError: the connection is in a write transaction, which would wait for itself.
             ReplicaError: it can never be shipped; the message says why.
         """
+        self._refuse_write_transaction("sync()")
+        return self._engine.sync(timeout)
+
+    def _refuse_write_transaction(self, what: str) -> None:
         connection = None if self._connection is None else self._connection()
         if connection is not None and connection.txn_state() == apsw.SQLITE_TXN_WRITE:
-            raise RefusedError("sync() inside a write transaction: commit it first")
-        return self._engine.sync(timeout)
+            raise RefusedError(f"{what} inside a write transaction: commit it first")
 
     def status(self) -> Status:
         """How replication stands now; makes no request and never raises."""
         return self._engine.status()
+
+    def mark(self, label: str, timeout: float | None = None, *, replace: bool = False) -> Mark:
+        """Give what is committed now a name, under which it can be restored (``label=``).
+
+        Waits until the replica has it, then makes the mark, durably in the replica.  What other
+        threads commit meanwhile may be in the marked state or not.  As long as the mark exists,
+        retention keeps what its state needs: `unmark` it when it is not wanted any more.
+
+        Args:
+            label: up to 100 letters, digits, ".", "_" and "-"; the first a letter or digit.
+            timeout: seconds to wait for the replica; None waits as long as it takes.
+            replace: move the mark if there is one of that label.
+
+        Returns:
+            The mark: TXID and time.
+
+        Raises:
+            ConfigError: the label cannot be used, or is in use.
+            NotYetReplicated: the time ended first; there is no mark.
+            RefusedError: the connection is in a write transaction, or the database is empty.
+            StoreError: the replica did not take the mark; try again.
+            ReplicaError: it can never be shipped; the message says why.
+        """
+        self._refuse_write_transaction("mark()")
+        return self._engine.mark(label, timeout, replace=replace)
+
+    def unmark(self, label: str) -> Mark:
+        """Remove a mark; its state may go with the next retention.  Returns what it was.
+
+        Raises:
+            ConfigError: there is no such mark.
+            StoreError: the replica did not answer.
+        """
+        return self._engine.unmark(label)
+
+    def verify(self, timeout: float | None = None) -> Verification:
+        """Restore the replica for trial, check it, and compare it with the database.
+
+        It is done by a process of its own, and commits go on meanwhile; this waits for the outcome.
+        Scratch space of the size of the database is needed in the state directory.
+
+        Args:
+            timeout: seconds; None waits as long as it takes.
+
+        Returns:
+            What was found; also what kept it from being done (outcome "failed").
+
+        Raises:
+            ClosedError: the last connection was closed meanwhile.
+        """
+        found = self._engine.validation.verify(timeout)
+        if found is None:
+            raise ClosedError(f"{self._engine.name} was closed while its replica was verified")
+        return found
+
+    def on_verify_failed(self, callback: Callable[[Verification], object]) -> None:
+        """Have a function called when a verification finds the replica damaged or different.
+
+        It is called in the thread that verifies: with ``validation-interval``, one of the process
+        that uploads.  So register it in each process.  What it raises goes to the log.
+        """
+        self._engine.validation.on_failed(callback)
 
 
 def connect(

@@ -37,9 +37,11 @@ from walship.replica.errors import (
     StoreError,
     StoreUnavailable,
 )
+from walship.replica.marks import Mark
 from walship.replica.restore import RestoreResult
 from walship.replica.restore_front import restore_from as restore
 from walship.replica.sqlite import FencedError, NotYetReplicated, RefusedError, SpoolError
+from walship.replica.verify import Verification
 from walship.vfs.connection import Connection, Replication, configure, connect, replication
 from walship.vfs.durable import durable
 from walship.vfs.replicating import ReplicatingVFS, install
@@ -59,6 +61,7 @@ __all__ = [
     "FormatError",
     "GapError",
     "IntegrityError",
+    "Mark",
     "NoBackupError",
     "NotYetReplicated",
     "ObjectNotFound",
@@ -74,6 +77,7 @@ __all__ = [
     "Status",
     "StoreError",
     "StoreUnavailable",
+    "Verification",
     "configure",
     "connect",
     "durable",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from support.replicas import GOLDEN, golden_copy, manifest, sha256, write_pages
 from walship import __version__, cli
 from walship.replica import config as configuration
 from walship.replica.errors import ConfigError
+from walship.replica.verify import Verification, remember
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NOW_MS = 1_800_000_000_000
@@ -540,6 +542,7 @@ def test_status(run: Run, replica: str, tmp_path: Path) -> None:
             "replica_txid": "0000000000000013",
             "lag": "-",
             "wal_size": "4.2 kB",
+            "last_verified": "-",
         },
         {
             "database": f"{tmp_path}/b.db",
@@ -548,6 +551,7 @@ def test_status(run: Run, replica: str, tmp_path: Path) -> None:
             "replica_txid": "-",
             "lag": "-",
             "wal_size": "-",
+            "last_verified": "-",
         },
     ]
     code, out, _ = run("status", tmp_path / "a.db")
@@ -562,7 +566,31 @@ def test_status(run: Run, replica: str, tmp_path: Path) -> None:
     ] + [
         "4.2",
         "kB",
+        "-",
     ]
+
+
+def test_status_tells_of_verifications(run: Run, tmp_path: Path) -> None:
+    """When the replica was found sound last, and with an exit code what is wrong since."""
+    path = tmp_path / "a.db"
+    directory = tmp_path / ".a.db-walship"
+    directory.mkdir()
+    sound = Verification(outcome="sound", replica="file:///r", txid=5, time_ms=NOW_MS)
+    remember(directory, sound)
+    code, out, err = run("status", "-json", path)
+    assert (code, err) == (0, "")
+    assert json.loads(out)[0]["last_verified"] == "2027-01-15T08:00:00Z"
+    bad = Verification(
+        outcome="damaged", replica="file:///r", txid=6, time_ms=NOW_MS + 60_000, problem="it is bad"
+    )
+    remember(directory, bad)
+    code, out, err = run("status", "-json", path)
+    assert (code, err) == (4, f"walship: {path}: verification: it is bad\n")
+    assert json.loads(out)[0]["last_verified"] == (
+        "2027-01-15T08:00:00Z (damaged 2027-01-15T08:01:00Z)"
+    )
+    remember(directory, dataclasses.replace(bad, outcome="failed"))
+    assert run("status", "-json", path)[0] == 0
 
 
 def test_status_of_an_unreachable_replica(run: Run, tmp_path: Path) -> None:

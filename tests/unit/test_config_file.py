@@ -358,15 +358,26 @@ dbs:
     replica: {bucket: b, path: a, validation-interval: 6h}
 """
     with caplog.at_level(logging.INFO):
-        assert len(load(text).databases) == 1
+        (database,) = load(text).databases
+    assert database.validation_interval_s == 6 * 3600
     assert {record.getMessage().split()[1] for record in caplog.records} == {
         "key=addr",
         "key=levels",
         "key=snapshot",
         "key=l0-retention",
         "key=monitor-interval",
-        "key=validation-interval",
     }
+
+
+def test_validation_section(load: Load) -> None:
+    """Litestream's section, of one database or of all; and what is wrong in it."""
+    text = "validation: {interval: 6h}\ndbs: [{path: /a.db, replica: {path: a}}]"
+    assert load(text).databases[0].validation_interval_s == 6 * 3600
+    text = "validation-interval: 1h\ndbs: [{path: /a.db, replica: {path: a}, %s}]"
+    assert load(text % "").databases[0].validation_interval_s == 3600
+    assert load(text % "validation-interval: 2h").databases[0].validation_interval_s == 7200
+    with pytest.raises(ConfigError, match="validation"):
+        load(text % "validation: {every: 2h}")
 
 
 def test_logging_section(load: Load) -> None:

@@ -371,7 +371,13 @@ def test_no_setting_is_forgotten() -> None:
         for field in dataclasses.fields(kind)
     } - {"store", "replica", "written_path"}
     assert fields <= in_file
-    read_otherwise = {"type", "url", "sse_customer_key_path", "restore_if_db_not_exists"}
+    read_otherwise = {
+        "type",
+        "url",
+        "sse_customer_key_path",
+        "restore_if_db_not_exists",
+        "validation",
+    }
     assert {name.replace("-", "_") for name in (*REPLICA_KEYS, *DATABASE_KEYS)} <= (
         fields | read_otherwise
     )
