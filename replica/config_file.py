@@ -264,8 +264,8 @@ class _EntryReader:
                 raise ConfigError(f"{name}: {reason}")
         values = dict(self._database_defaults)
         fields = self._fields(section)
-        older = {name: fields[name] for name in _ONCE_OF_REPLICAS if name in fields}
-        given: dict[str, object] = {**older, **section}
+        given = {name: fields[name] for name in _ONCE_OF_REPLICAS if name in fields}
+        given.update(section)
         for key, value in given.items():
             if key in ("replica", "replicas"):
                 continue
