@@ -172,7 +172,7 @@ def read_settings(tree: object, variables: Mapping[str, str], *, strict: bool = 
 
 
 #: Settings of a database that stood in its replica before Litestream 0.5, and still may.
-_ONCE_OF_REPLICAS: Final = (
+_ONCE_OF_REPLICAS: Final[tuple[str, ...]] = (
     "retention",
     "retention-check-interval",
     "snapshot-interval",
