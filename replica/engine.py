@@ -229,6 +229,16 @@ class Engine:
         #: Raised at every commit frame while it is set.
         self.refusal: RefusedError | FencedError | None = None
 
+    @property
+    def port(self) -> SqlitePort:
+        """Connections of the engine's own to the database."""
+        return self._port
+
+    @property
+    def clock(self) -> Clock:
+        """Tells the time here."""
+        return self._clock
+
     @classmethod
     def open(cls, settings: DatabaseSettings, host: Host | None = None) -> Engine:
         """Lock the state directory, judge the files, and start shipping in the background.

@@ -373,6 +373,14 @@ class SqlitePort:
         While they are not those of the ``-wal`` file, SQLite is about to start that file over: it
         has reset the index, and everything in the file is in the main file.  Any thread.
         """
+        header = self.index_header()
+        return None if header is None else WalSalts(*_SALTS.unpack_from(header, _INDEX_SALTS))
+
+    def index_header(self) -> bytes | None:
+        """The header of the wal-index, which is another one after every commit; None without one.
+
+        Costs two system calls.  Any thread.
+        """
         with self._probe_lock:
             for _ in range(_PROBE_ATTEMPTS):
                 try:
@@ -383,8 +391,22 @@ class SqlitePort:
                 if len(second) < _INDEX_HEADER_SIZE or not first[_INDEX_IS_INIT]:
                     return None
                 if first == second:
-                    return WalSalts(*_SALTS.unpack_from(first, _INDEX_SALTS))
+                    return first
             return None
+
+    def begin_reading(self) -> apsw.Connection:
+        """A connection of ours in a read transaction: it holds a read mark until it is closed.
+
+        Raises:
+            apsw.Error: somebody was in the way; try again.
+        """
+        connection = self._open()
+        try:
+            _begin_reading(connection)
+        except BaseException:
+            connection.close(True)
+            raise
+        return connection
 
     def _open_index(self) -> int:
         """Our descriptor on the ``-shm`` file.  Call with `_probe_lock` held.

@@ -1,0 +1,161 @@
+"""One database that other programs write to with SQLite as it comes: watched, held and shipped.
+
+The engine is the application's own one (`replica.engine`).  What the VFS does there is done from
+outside here.  In place of the doorbell the wal-index is looked at, whose header changes with every
+commit.  In place of the gate a read transaction keeps everybody from restarting the WAL (`hold`);
+when it has grown long, it is restarted here, through the gate, while writers are kept out: a few
+milliseconds, in which nothing can be committed that was not seen.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+from dataclasses import replace
+from typing import Final
+
+import apsw
+
+from walship.replica.engine import Engine
+from walship.replica.errors import ReplicaError
+from walship.replica.settings import DatabaseSettings
+from walship.vfs.connection import connect, replication
+from walship.vfs.registry import canonical, registry
+
+from .hold import Hold
+
+__all__ = ["Sidecar"]
+
+log = logging.getLogger("walship.sidecar")
+
+#: Where the wal-index header counts the frames (SQLite's walformat.html), in the machine's order.
+_MX_FRAME: Final = struct.Struct("=I")
+_MX_FRAME_OFFSET: Final = 16
+#: Attempts at a moment in which the whole WAL is in the main file and nobody writes.
+_RESTARTS: Final = 5
+#: Pause before the next one after that, seconds.
+_RESTART_PAUSE_S: Final = 5.0
+#: How long one waits for the write lock, seconds.
+_LOCK_WAIT_S: Final = 1.0
+#: Time between two renewals of what holds the WAL, seconds.
+_HOLD_S: Final = 0.2
+#: Pause after an unexpected error, seconds.
+_TROUBLE_S: Final = 2.0
+
+
+class Sidecar:
+    """Ships one database from beside.  Not thread-safe; `close` it in the thread that made it.
+
+    Args:
+        settings: the database, with its replica; the file must exist.
+
+    Raises:
+        ReplicaError: it cannot be replicated; the message says what to do.
+        apsw.Error: SQLite could not open it.
+    """
+
+    def __init__(self, settings: DatabaseSettings) -> None:
+        path = canonical(settings.path)
+        registry.configure(replace(settings, restore="never"))
+        self._writer = connect(
+            path, flags=apsw.SQLITE_OPEN_READWRITE, busy_timeout=_LOCK_WAIT_S
+        )
+        try:
+            self._writer.wal_autocheckpoint(0)
+            self._engine = replication(self._writer).engine
+            self._clock = self._engine.clock
+            self._path = path
+            self._pages = settings.min_checkpoint_page_count
+            self._identity = _identity(path)
+            self._hold = Hold(self._engine.port)
+            self._seen: bytes | None = None
+            self._next_hold = self._next_restart = 0.0
+            # A transaction on a WAL that is in the main file already holds nothing: begin anew.
+            self._hold.advance()
+            self._restart_wal()
+        except BaseException:
+            self._writer.close(True)
+            raise
+
+    @property
+    def engine(self) -> Engine:
+        """What ships it."""
+        return self._engine
+
+    @property
+    def is_replaced(self) -> bool:
+        """Whether the path is another file by now, or none: close this one and begin again."""
+        return _identity(self._path) != self._identity
+
+    def poll(self) -> None:
+        """Look whether something was committed, and keep the WAL from growing; never raises.
+
+        Costs a few microseconds while nothing happens.
+        """
+        header = self._engine.port.index_header()
+        if header == self._seen:
+            return
+        self._engine.uploader.ring()
+        now = self._clock.monotonic()
+        if now < self._next_hold:
+            return  # and looked at again, because it was not noted
+        self._next_hold = now + _HOLD_S
+        try:
+            self._hold.advance()
+            self._seen = header
+            if header is not None and now >= self._next_restart:
+                (mx_frame,) = _MX_FRAME.unpack_from(header, _MX_FRAME_OFFSET)
+                if mx_frame >= self._pages and not self._restart_wal():
+                    self._next_restart = now + _RESTART_PAUSE_S
+        except apsw.BusyError:
+            pass  # the next look tries again
+        except (apsw.Error, ReplicaError) as error:
+            self._engine.note_trouble(error)
+            self._next_hold = now + _TROUBLE_S
+
+    def sync(self, timeout: float | None) -> int:
+        """As `walship.Replication.sync`."""
+        return self._engine.sync(timeout)
+
+    def close(self) -> None:
+        """Ship what is there, for at most ``shutdown-sync-timeout``, and let go of the database."""
+        self._hold.end()
+        self._writer.close(True)
+
+    def _restart_wal(self) -> bool:
+        """Have the WAL started over, through the gate; False if there was no moment for it.
+
+        What is written for that changes nothing: SQLite then copies page 1 to a new WAL.
+        """
+        for _ in range(_RESTARTS):
+            self._writer.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                published = self._engine.port.published()
+                if published is not None and published.n_backfill == published.mx_frame:
+                    self._engine.capture.drain()
+                    self._hold.renew()
+                    version = self._writer.pragma("user_version")
+                    self._writer.pragma("user_version", version)
+                    self._writer.execute("COMMIT")
+                    self._hold.advance()
+                    return self._was_restarted(published.mx_frame)
+            finally:
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+            self._hold.advance()
+        return False
+
+    def _was_restarted(self, before: int) -> bool:
+        """Whether the WAL has fewer frames than before; somebody's read mark may prevent that."""
+        now = self._engine.port.published()
+        return now is not None and now.mx_frame <= max(1, before // 2)
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
