@@ -58,11 +58,10 @@ class Sidecar:
     def __init__(self, settings: DatabaseSettings) -> None:
         path = canonical(settings.path)
         registry.configure(replace(settings, restore="never"))
-        self._writer = connect(
-            path, flags=apsw.SQLITE_OPEN_READWRITE, busy_timeout=_LOCK_WAIT_S
-        )
+        self._writer = _connect(path)
         try:
-            self._writer.wal_autocheckpoint(0)
+            # A connection cannot checkpoint in its own transaction.
+            self._copier = _connect(path)
             self._engine = replication(self._writer).engine
             self._clock = self._engine.clock
             self._path = path
@@ -121,6 +120,7 @@ class Sidecar:
     def close(self) -> None:
         """Ship what is there, for at most ``shutdown-sync-timeout``, and let go of the database."""
         self._hold.end()
+        self._copier.close(True)
         self._writer.close(True)
 
     def _restart_wal(self) -> bool:
@@ -128,8 +128,8 @@ class Sidecar:
 
         What is written for that changes nothing: SQLite then copies page 1 to a new WAL.
         """
+        self._copy_wal()
         for _ in range(_RESTARTS):
-            self._writer.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 published = self._engine.port.published()
@@ -141,16 +141,28 @@ class Sidecar:
                     self._writer.execute("COMMIT")
                     self._hold.advance()
                     return self._was_restarted(published.mx_frame)
+                # Only who begins to write with all of it copied can restart it.
+                self._hold.advance()
+                self._copy_wal()
             finally:
                 if self._writer.in_transaction:
                     self._writer.execute("ROLLBACK")
-            self._hold.advance()
         return False
+
+    def _copy_wal(self) -> None:
+        """Copy into the main file what nobody's transaction is in the way of."""
+        self._copier.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
 
     def _was_restarted(self, before: int) -> bool:
         """Whether the WAL has fewer frames than before; somebody's read mark may prevent that."""
         now = self._engine.port.published()
         return now is not None and now.mx_frame <= max(1, before // 2)
+
+
+def _connect(path: str) -> apsw.Connection:
+    connection = connect(path, flags=apsw.SQLITE_OPEN_READWRITE, busy_timeout=_LOCK_WAIT_S)
+    connection.wal_autocheckpoint(0)
+    return connection
 
 
 def _identity(path: str) -> tuple[int, int] | None:
