@@ -4,7 +4,8 @@ Arguments come in here and exit codes go out; the work is done by the modules be
 output carries results only, so that ``-json`` can be read by a program; messages and the progress
 bar go to standard error.  Expected errors are one line; a traceback means a bug.
 
-It does not replicate: that happens in the application which opens its database through walship.
+Replication happens in the application which opens its database through walship; `replicate` is for
+those that do not.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -31,11 +32,13 @@ from walship.replica.clock import Clock, SystemClock
 from walship.replica.config import (
     CONFIG_PLACES,
     Settings,
+    database_settings,
     default_replica,
     find_config,
     load_config,
     parse_replica,
 )
+from walship.replica.config_file import SocketSettings
 from walship.replica.doctor.probe import probe
 from walship.replica.doctor.report import Printer, as_json, notes_about
 from walship.replica.errors import (
@@ -74,6 +77,8 @@ from walship.replica.store.settings import DEFAULT_PART_SIZE, LocalSettings, S3S
 from walship.replica.timeline import MarkedPoint, Timeline, read_timeline
 from walship.replica.url import is_url
 from walship.replica.verify import in_words, last_verified, remember, verify
+from walship.sidecar.commands import control, replicate, socket_of
+from walship.sidecar.control import DEFAULT_PATH
 
 __all__ = ["main"]
 
@@ -182,16 +187,33 @@ writers race for one of them: only that shows whether a second writer would be k
 {_EXIT_HELP}"""
 
 #: Commands of Litestream that somebody may type here.
+_REPLICATE_HELP: Final = f"""\
+For databases that other programs write to with SQLite as it comes.  An application in Python needs
+no such program: it opens its database with walship.connect(path, replica=...).
+
+examples:
+  walship replicate /data/app.db 's3://bucket/app.db?endpoint=fly.storage.tigris.dev&region=auto'
+  walship replicate -config walship.yml
+  walship replicate -restore-if-db-not-exists -exec "gunicorn app:app" -config walship.yml
+
+SIGTERM and Ctrl-C ship what is there, then end; a second one ends at once.  SIGHUP reads the
+configuration again.  The databases are put into WAL mode, and their checkpoints happen here: others
+may start them, but the WAL is only begun anew when everything in it is safe.
+
+{_EXIT_HELP}"""
+
+#: Commands to a running ``walship replicate``, and what they do.
+_CONTROLS: Final[Mapping[str, str]] = {
+    "sync": "ship what is there now",
+    "register": "replicate one more database, until the program ends",
+    "unregister": "replicate a database no more",
+    "start": "go on with a database that was stopped",
+    "stop": "ship what a database has, and pause",
+}
+
 _ELSEWHERE: Final[Mapping[str, str]] = {
     "snapshots": "there are no separate snapshots any more; `walship ltx -level 9` lists them",
     "generations": "there are no generations any more; `walship ltx -level all` lists the replica",
-    "replicate": "not supported yet; the application itself replicates when it opens its database"
-    " with walship.connect(path, replica=...)",
-    "sync": "walship runs inside the application: call walship.replication(db).sync() there",
-    "register": "walship runs inside the application: open the database there with a replica",
-    "unregister": "walship runs inside the application: close the database there",
-    "start": "walship runs inside the application: open the database there with a replica",
-    "stop": "walship runs inside the application: close the database there",
     "mcp": "not supported",
 }
 
@@ -498,6 +520,45 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("label", metavar="NAME", help="the mark")
     _config(made)
 
+    made = command(
+        "replicate",
+        _replicate,
+        "replicate databases whose applications do not use walship themselves",
+        epilog=_REPLICATE_HELP,
+    )
+    made.add_argument("database", metavar="DB", nargs="?", help="a database file")
+    made.add_argument("replica", metavar="REPLICA", nargs="?", help="its replica's URL")
+    _config(made)
+    _option(made, "exec", metavar="COMMAND", help="run this beside it, and end when it has ended")
+    _option(made, "once", action="store_true", help="ship what is there, and end")
+    _option(
+        made,
+        "restore-if-db-not-exists",
+        action="store_true",
+        help="first restore a database whose file is missing, if its replica has data",
+    )
+    _option(made, "socket", metavar="PATH", help="make a control socket there")
+    _log_level(made)
+
+    for name, does in _CONTROLS.items():
+        made = command(name, _control, does)
+        made.add_argument("database", metavar="DB", help="a database file")
+        if name == "register":
+            _option(made, "replica", metavar="URL", required=True, help="its replica's URL")
+        if name == "sync":
+            _option(made, "wait", action="store_true", help="until the replica has it")
+        _config(made)
+        _socket(made)
+        _option(
+            made,
+            "timeout",
+            metavar="SECONDS",
+            type=_at_least_one,
+            default=30,
+            help="how long to wait (30)",
+        )
+        _json(made)
+
     made = command("databases", _databases, "list the databases of the configuration file")
     _config(made)
     _json(made)
@@ -555,6 +616,25 @@ def _config(parser: argparse.ArgumentParser) -> None:
         "strict",
         action="store_true",
         help="an unknown key in the configuration file is an error",
+    )
+
+
+def _socket(parser: argparse.ArgumentParser) -> None:
+    _option(
+        parser,
+        "socket",
+        metavar="PATH",
+        help=f"the control socket of `walship replicate` (as configured, or {DEFAULT_PATH})",
+    )
+
+
+def _log_level(parser: argparse.ArgumentParser) -> None:
+    _option(
+        parser,
+        "log-level",
+        metavar="LEVEL",
+        choices=["debug", "info", "warn", "error"],
+        help="how much to say (as configured, or info)",
     )
 
 
@@ -972,6 +1052,62 @@ def _required_config(arguments: argparse.Namespace) -> tuple[Settings, Path]:
             f" {', '.join(CONFIG_PLACES)})"
         )
     return loaded
+
+
+def _replicate(arguments: argparse.Namespace, clock: Clock) -> int:
+    logging.getLogger("walship").setLevel(_LOG_LEVELS[arguments.log_level or "info"])
+    if arguments.database is not None and arguments.replica is None:
+        raise ConfigError(
+            f"where to? Try: walship replicate {arguments.database} s3://bucket/path (or name the"
+            " database in a configuration file, and give no argument)"
+        )
+    if arguments.database is not None and arguments.config is not None:
+        raise ConfigError("DB REPLICA and -config exclude each other: drop one of them")
+
+    def read() -> Settings:
+        if arguments.database is None:
+            settings, _ = _required_config(arguments)
+        else:
+            path = database_path(arguments.database)
+            replica = parse_replica(arguments.replica)
+            settings = Settings(databases=(database_settings(path, replica),))
+        if arguments.socket is not None:
+            permissions = settings.socket or SocketSettings()
+            settings = replace(settings, socket=replace(permissions, path=arguments.socket))
+        return settings
+
+    return replicate(
+        read,
+        command=arguments.exec,
+        only_once=arguments.once,
+        restore_missing=arguments.restore_if_db_not_exists,
+    )
+
+
+def _control(arguments: argparse.Namespace, clock: Clock) -> int:
+    loaded = None if arguments.socket is not None else _load(arguments)
+    socket = socket_of(arguments.socket, None if loaded is None else loaded[0])
+    fields: dict[str, object] = {"path": str(database_path(arguments.database))}
+    if arguments.command == "register":
+        fields["replica_url"] = arguments.replica
+    if arguments.command == "sync":
+        fields["wait"] = arguments.wait
+    answer = control(socket, arguments.command, arguments.timeout, **fields)
+    if arguments.json:
+        _print_json(answer)
+        return EXIT_OK
+    txids = [f"{name} {format_txid(answer[name])}" for name in _TXIDS if name in answer]
+    print(", ".join([f"{answer['path']}: {answer['status']}", *txids]))
+    return EXIT_OK
+
+
+_TXIDS: Final = ("txid", "replicated_txid")
+_LOG_LEVELS: Final[Mapping[str, int]] = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warn": logging.WARNING,
+    "error": logging.ERROR,
+}
 
 
 def _databases(arguments: argparse.Namespace, clock: Clock) -> int:

@@ -33,7 +33,7 @@ from walship.replica.settings import (
 from walship.replica.store.settings import LocalSettings
 from walship.replica.values import parse_bool, parse_choice, parse_text
 
-__all__ = ["GLOBAL_KEYS", "LoggingSettings", "Settings", "read_settings"]
+__all__ = ["GLOBAL_KEYS", "LoggingSettings", "Settings", "SocketSettings", "read_settings"]
 
 
 def _parse_address(name: str, value: object) -> str:
@@ -46,7 +46,46 @@ def _parse_address(name: str, value: object) -> str:
 
 #: Keys of a file's top level that concern the whole program, and how each is read.  Settings of
 #: replicas and databases may stand there too: they are defaults.
-GLOBAL_KEYS: Final[Mapping[str, Parser]] = {"addr": _parse_address, "exec": parse_text}
+@dataclass(frozen=True, kw_only=True)
+class SocketSettings:
+    """The ``socket`` section: the control socket of ``walship replicate``.
+
+    Attributes:
+        path: where it is made, or None for the default.
+        permissions: its mode.
+    """
+
+    path: str | None = None
+    permissions: int = 0o600
+
+
+def _parse_socket(name: str, value: object) -> SocketSettings | None:
+    values = {}
+    for key, given in _section(value, name).items():
+        if key not in ("enabled", "path", "permissions"):
+            raise ConfigError(f"{name}: unknown setting {key!r}: enabled, path, permissions")
+        values[key] = given
+    permissions = values.get("permissions", 0o600)
+    if isinstance(permissions, str):
+        try:
+            permissions = int(permissions, 8)
+        except ValueError:
+            permissions = -1
+    if not isinstance(permissions, int) or not 0 <= permissions <= 0o777:
+        raise ConfigError(f"{name}: permissions: octal digits are expected (0600)")
+    path = values.get("path")
+    settings = SocketSettings(
+        path=None if path in (None, "") else parse_text(f"{name}: path", path),
+        permissions=permissions,
+    )
+    return settings if parse_bool(f"{name}: enabled", values.get("enabled", False)) else None
+
+
+GLOBAL_KEYS: Final[Mapping[str, Parser]] = {
+    "addr": _parse_address,
+    "exec": parse_text,
+    "socket": _parse_socket,
+}
 _SECTIONS: Final = ("dbs", "logging")
 _LOGGING_KEYS: Final[Mapping[str, Parser]] = {
     "level": parse_choice("trace", "debug", "info", "warn", "warning", "error"),
@@ -83,6 +122,7 @@ class Settings:
         logging: its ``logging`` section.
         addr: where metrics are to be served, ``host:port`` or ``:port``, or None.
         exec: the command that is to be run beside replication, or None.
+        socket: the control socket, or None.
     """
 
     databases: tuple[DatabaseSettings, ...] = ()
@@ -90,6 +130,7 @@ class Settings:
     logging: LoggingSettings = field(default_factory=LoggingSettings)
     addr: str | None = None
     exec: str | None = None
+    socket: SocketSettings | None = None
 
     def database(self, path: str | os.PathLike[str]) -> DatabaseSettings | None:
         """The settings of a database file: its own entry, else the first directory it fits."""

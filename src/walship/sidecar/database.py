@@ -83,6 +83,11 @@ class Sidecar:
         return self._engine
 
     @property
+    def fatal(self) -> ReplicaError | None:
+        """Why it may not be shipped any more, or None: close this one."""
+        return self._engine.uploader.fatal
+
+    @property
     def is_replaced(self) -> bool:
         """Whether the path is another file by now, or none: close this one and begin again."""
         return _identity(self._path) != self._identity
@@ -117,8 +122,13 @@ class Sidecar:
         """As `walship.Replication.sync`."""
         return self._engine.sync(timeout)
 
+    def drain(self) -> bool:
+        """Ship what is there, for at most ``shutdown-sync-timeout``; False if something stayed."""
+        self._engine.uploader.ring()
+        return self._engine.drain(self._engine.settings.shutdown_sync_timeout_s)
+
     def close(self) -> None:
-        """Ship what is there, for at most ``shutdown-sync-timeout``, and let go of the database."""
+        """Let go of the database."""
         self._hold.end()
         self._copier.close(True)
         self._writer.close(True)

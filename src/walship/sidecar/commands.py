@@ -1,0 +1,112 @@
+"""``walship replicate`` and the commands that speak to it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+from urllib.parse import quote
+
+from walship.replica.config_file import Settings
+from walship.replica.errors import ConfigError
+from walship.replica.settings import DatabaseSettings
+from walship.vfs.registry import canonical
+
+from .control import DEFAULT_PATH, ControlServer, call
+from .program import Listing, once, run
+from .service import Service
+
+__all__ = ["control", "replicate", "socket_of"]
+
+
+def replicate(
+    read: Callable[[], Settings],
+    *,
+    command: str | None,
+    only_once: bool,
+    restore_missing: bool,
+) -> int:
+    """Replicate the databases of a configuration.
+
+    Args:
+        read: reads it, now and at SIGHUP.
+        command: to run beside it, in place of the configuration's ``exec``.
+        only_once: ship what is there, and end.
+        restore_missing: restore databases first whose files are missing.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ConfigError: nothing can be replicated so.
+    """
+    settings = read()
+    if not settings.databases and not settings.directories:
+        raise ConfigError(
+            "there is nothing to replicate: give a database and a replica URL, or `dbs` in the "
+            "configuration file"
+        )
+    service = Service(restore_missing=restore_missing)
+    if only_once:
+        return once(service, settings.all_databases())
+    with _controlled(service, settings):
+        return run(service, _listing(settings), lambda: _listing(read()), command or settings.exec)
+
+
+def _listing(settings: Settings) -> Listing:
+    """Databases of their own, and those in directories; in the latter new ones if watched."""
+    first = settings.all_databases()
+    if not any(directory.watch for directory in settings.directories):
+        return lambda: first
+    known = {canonical(each.path) for each in first}
+    return lambda: [
+        each
+        for each in settings.all_databases()
+        if canonical(each.path) in known or _is_watched(settings, each)
+    ]
+
+
+def _is_watched(settings: Settings, database: DatabaseSettings) -> bool:
+    for directory in settings.directories:
+        if directory.database(database.path) is not None:
+            return directory.watch
+    return False
+
+
+@contextmanager
+def _controlled(service: Service, settings: Settings) -> Iterator[None]:
+    if settings.socket is None:
+        yield
+        return
+    path = settings.socket.path or DEFAULT_PATH
+    with contextlib.closing(ControlServer(service, path, settings.socket.permissions)):
+        yield
+
+
+def socket_of(path: str | None, settings: Settings | None) -> str:
+    """Where the control socket is: as given, else as configured, else at the default place."""
+    if path is not None:
+        return path
+    if settings is not None and settings.socket is not None and settings.socket.path is not None:
+        return settings.socket.path
+    return DEFAULT_PATH
+
+
+#: More than the other side waits, so that its answer comes first; seconds.
+_MARGIN_S: Final = 5.0
+
+
+def control(socket: str, name: str, timeout: float, **fields: object) -> dict[str, Any]:
+    """Ask ``walship replicate`` for something; see `control` for what there is.
+
+    Raises:
+        ControlError: nobody answers, or the answer is an error.
+    """
+    limit = timeout + _MARGIN_S
+    if name in ("list", "info"):
+        return call(socket, "GET", f"/{name}", None, limit)
+    if name == "txid":
+        return call(socket, "GET", f"/txid?path={quote(str(fields['path']))}", None, limit)
+    body = {**fields, "timeout": timeout}
+    return call(socket, "POST", f"/{name}", body, limit)
