@@ -184,6 +184,7 @@ class _Child:
 
     def end(self, number: int) -> None:
         """Pass a signal on, and wait."""
+        log.info("ending: waiting for the command, pid %d", self._process.pid)
         # Ctrl-C at a terminal has gone to both.
         if number != signal.SIGINT or not sys.stdin.isatty():
             self._process.send_signal(number)

@@ -1,0 +1,375 @@
+"""``walship replicate`` beside programs that know nothing of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import apsw
+import pytest
+
+import walship
+from support.databases import dump
+from support.sidecars import create, execute, replicating, wait_until, writer
+from walship.replica.config import database_settings
+from walship.sidecar.control import ControlError, call
+from walship.sidecar.database import Sidecar
+
+#: What is said when a full copy, or a comparison of all pages, was needed.
+_BROKEN = ("full copy", "resync", "changed while", "lost", "foreign")
+
+
+def _sidecar(path: Path, replica: Path) -> Sidecar:
+    return Sidecar(database_settings(path, {"path": str(replica), "sync_interval": 0.0}))
+
+
+def _restored(replica: Path, output: Path) -> Path:
+    for suffix in ("", "-wal", "-shm"):
+        Path(f"{output}{suffix}").unlink(missing_ok=True)
+    walship.restore(str(replica), output)
+    return output
+
+
+def _assert_same(path: Path, replica: Path) -> None:
+    assert dump(_restored(replica, path.with_suffix(".restored"))) == dump(path)
+
+
+@pytest.mark.parametrize("checkpoints", ["-", "PASSIVE", "RESTART", "TRUNCATE"])
+def test_writers_and_checkpointers(checkpoints: str, tmp_path: Path) -> None:
+    """Whatever others write, open, close and checkpoint: nothing is missed or copied anew."""
+    path, replica, log = tmp_path / "app.db", tmp_path / "replica", tmp_path / "log"
+    create(path)
+    with replicating(path, replica, log=log) as running:
+        running.wait_for("full copy as txid")
+        writers = [writer(path, who, 2.5, checkpoints) for who in ("a", "b", "c")]
+        assert [each.wait(60) for each in writers] == [0, 0, 0]
+        assert running.end() == 0
+        said = running.said()
+    assert said.count("full copy") == 1, said
+    assert not any(word in said.replace("full copy", "", 1) for word in _BROKEN), said
+    _assert_same(path, replica)
+
+
+def test_the_wal_stays_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The WAL is begun anew although nobody but the sidecar checkpoints."""
+    monkeypatch.setattr("walship.sidecar.database._HOLD_S", 0.0)
+    path = tmp_path / "app.db"
+    create(path)
+    sidecar = _sidecar(path, tmp_path / "replica")
+    try:
+        plain = apsw.Connection(str(path), vfs="unix")
+        plain.wal_autocheckpoint(0)
+        plain.set_busy_timeout(5000)
+        longest = 0
+        for n in range(6000):
+            plain.execute("INSERT INTO rows VALUES ('a', ?, randomblob(500))", (n,))
+            if n % 50 == 0:
+                sidecar.poll()
+                longest = max(longest, os.stat(f"{path}-wal").st_size)
+        plain.close()
+        assert sidecar.drain()
+        status = sidecar.engine.status()
+        assert status.replicated_txid == status.txid
+    finally:
+        sidecar.close()
+    # 6,000 commits are 6,000 frames or more: 24 MB.
+    assert longest < 8_000_000
+    _assert_same(path, tmp_path / "replica")
+
+
+def test_nobody_else_can_restart_the_wal(tmp_path: Path) -> None:
+    """Between two looks: commits, a checkpoint that would restart the WAL, and commits again.
+
+    These are the two ways in which Litestream loses commits (docs/format.md).
+    """
+    path = tmp_path / "app.db"
+    create(path)
+    sidecar = _sidecar(path, tmp_path / "replica")
+    try:
+        sidecar.sync(10)
+        plain = apsw.Connection(str(path), vfs="unix")
+        for mode in (apsw.SQLITE_CHECKPOINT_RESTART, apsw.SQLITE_CHECKPOINT_TRUNCATE):
+            for n in range(3):
+                plain.execute("INSERT INTO rows VALUES (?, ?, randomblob(5000))", (mode, n))
+                before = Path(f"{path}-wal").read_bytes()[16:24]
+                for _ in range(2):
+                    with pytest.raises(apsw.BusyError):
+                        plain.wal_checkpoint(mode=mode)
+                    plain.execute("INSERT INTO rows VALUES (?, ?, NULL)", (mode, -n))
+                assert Path(f"{path}-wal").read_bytes()[16:24] == before
+                if n == 1:
+                    sidecar.poll()
+        plain.close()
+        assert sidecar.drain()
+    finally:
+        sidecar.close()
+    _assert_same(path, tmp_path / "replica")
+
+
+def test_killed_again_and_again(tmp_path: Path) -> None:
+    """SIGKILL under load, and checkpoints by others meanwhile: the replica is whole again."""
+    path, replica, log = tmp_path / "app.db", tmp_path / "replica", tmp_path / "log"
+    create(path)
+    writers = [writer(path, who, 8, mode) for who, mode in (("a", "-"), ("b", "TRUNCATE"))]
+    for count in range(1, 5):
+        with replicating(path, replica, log=log) as running:
+            running.wait_for("at txid", count)
+            execute(path, "INSERT INTO rows VALUES ('kill', ?, NULL)", count)
+            running.kill()
+        execute(path, "INSERT INTO rows VALUES ('away', ?, NULL)", count)
+    assert [each.wait(60) for each in writers] == [0, 0]
+    with replicating(path, replica, log=log) as running:
+        running.wait_for("at txid", 5)
+        assert running.end() == 0
+    _assert_same(path, replica)
+
+
+def test_beside_an_application_that_uses_walship(tmp_path: Path) -> None:
+    """Both have the database open: one of them uploads, and what others commit is seen at once."""
+    path, replica, log = tmp_path / "app.db", tmp_path / "replica", tmp_path / "log"
+    create(path)
+    with replicating(path, replica, log=log) as running:
+        running.wait_for("full copy as txid")
+        db = walship.connect(path, str(replica))
+        db.execute("INSERT INTO rows VALUES ('vfs', 1, NULL)")
+        execute(path, "INSERT INTO rows VALUES ('plain', 1, NULL)")
+        walship.replication(db).sync(20)
+        assert not walship.replication(db).status().uploader or running.said()
+        running.kill()
+        execute(path, "INSERT INTO rows VALUES ('plain', 2, NULL)")
+        db.execute("INSERT INTO rows VALUES ('vfs', 2, NULL)")
+        walship.replication(db).sync(20)
+        db.close()
+    _assert_same(path, replica)
+
+
+def test_once(tmp_path: Path) -> None:
+    """-once ships what is there and ends; what cannot be shipped is an exit code and a sentence."""
+    path, replica, log = tmp_path / "app.db", tmp_path / "replica", tmp_path / "log"
+    create(path)
+    for n in range(2):
+        execute(path, "INSERT INTO rows VALUES ('a', ?, NULL)", n)
+        with replicating("-once", path, replica, log=log) as running:
+            assert running.wait() == 0, running.said()
+        _assert_same(path, replica)
+    with replicating("-once", tmp_path / "no.db", tmp_path / "other", log=log) as running:
+        assert running.wait() == 1
+        assert "no.db" in running.said()
+        assert "Traceback" not in running.said()
+    assert not (tmp_path / "no.db").exists()
+
+
+def test_restore_if_the_database_is_missing(tmp_path: Path) -> None:
+    """A missing database is restored first, before the command beside it starts."""
+    path, replica, log = tmp_path / "app.db", tmp_path / "replica", tmp_path / "log"
+    create(path)
+    execute(path, "INSERT INTO rows VALUES ('a', 1, NULL)")
+    with replicating("-once", path, replica, log=log) as running:
+        assert running.wait() == 0
+    path.unlink()
+    program = (
+        "import sqlite3, sys; db = sqlite3.connect(sys.argv[1], timeout=9);"
+        "db.execute('INSERT INTO rows SELECT ?, count(*), NULL FROM rows', ['exec']); db.commit()"
+    )
+    command = shlex.join([sys.executable, "-c", program, str(path)])
+    words = ("-restore-if-db-not-exists", "-exec", command, path, replica)
+    with replicating(*words, log=log) as running:
+        assert running.wait() == 0, running.said()
+    assert execute(path, "SELECT who, n FROM rows ORDER BY who") == [("a", 1), ("exec", 1)]
+    _assert_same(path, replica)
+
+
+def test_a_database_that_appears_later(tmp_path: Path) -> None:
+    """A database that is not there yet is waited for."""
+    path, replica, log = tmp_path / "app.db", tmp_path / "replica", tmp_path / "log"
+    with replicating(path, replica, log=log) as running:
+        running.wait_for("waiting for it")
+        create(path)
+        running.wait_for("full copy as txid")
+        assert running.end(signal.SIGINT) == 0
+    _assert_same(path, replica)
+
+
+def test_the_command_beside_it(tmp_path: Path) -> None:
+    """-exec: its exit code is passed on, and so is the signal that ends both."""
+    path, replica, log = tmp_path / "app.db", tmp_path / "replica", tmp_path / "log"
+    create(path)
+    failing = f"{sys.executable} -c 'raise SystemExit(7)'"
+    with replicating("-exec", failing, path, replica, log=log) as running:
+        assert running.wait() == 7
+    waiting = (
+        f"{sys.executable} -c 'import signal, sys, time;"
+        ' signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("child: ended", flush=True)));'
+        ' print("child: ready", flush=True); time.sleep(60)\''
+    )
+    with replicating("-exec", waiting, path, replica, log=log) as running:
+        running.wait_for("child: ready")
+        execute(path, "INSERT INTO rows VALUES ('late', 1, NULL)")
+        assert running.end() == 0
+        assert "child: ended" in running.said()
+    with replicating("-exec", "no-such-program-anywhere", path, replica, log=log) as running:
+        assert running.wait() == 1
+        assert "no-such-program-anywhere" in running.said()
+        assert "Traceback" not in running.said()
+    _assert_same(path, replica)
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    """The first signal waits for the command; the second waits for nothing."""
+    path, log = tmp_path / "app.db", tmp_path / "log"
+    create(path)
+    stubborn = (
+        f"{sys.executable} -c 'import os, signal, time;"
+        " signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        ' print("child:", os.getpid(), flush=True); time.sleep(60)\''
+    )
+    with replicating("-exec", stubborn, path, tmp_path / "replica", log=log) as running:
+        running.wait_for("child:")
+        os.kill(running.pid, signal.SIGTERM)
+        running.wait_for("waiting for the command")
+        os.kill(running.pid, signal.SIGTERM)
+        assert running.wait() == 128 + signal.SIGTERM
+        child = int(running.said().partition("child: ")[2].split()[0])
+        os.kill(child, signal.SIGKILL)
+
+
+def test_directories_and_reloading(tmp_path: Path) -> None:
+    """New databases in a watched directory are taken up; SIGHUP reads the file again."""
+    directory, log = tmp_path / "tenants", tmp_path / "log"
+    directory.mkdir()
+    create(directory / "one.db")
+    create(tmp_path / "alone.db")
+    config = tmp_path / "walship.yml"
+    entry = f"dbs:\n  - dir: {directory}\n    pattern: '*.db'\n    watch: true\n"
+    entry += f"    replica: {{type: file, path: {tmp_path}/replicas}}\n"
+    config.write_text(entry)
+    with replicating("-config", config, log=log) as running:
+        running.wait_for("full copy as txid")
+        create(directory / "two.db")
+        running.wait_for("full copy as txid", 2)
+        alone = f"  - path: {tmp_path}/alone.db\n    replica: {{path: {tmp_path}/alone-replica}}\n"
+        config.write_text("dbs:\n" + alone)
+        os.kill(running.pid, signal.SIGHUP)
+        running.wait_for("full copy as txid", 3)
+        running.wait_for("not replicated any more", 2)
+        config.write_text("dbs: 5\n")
+        os.kill(running.pid, signal.SIGHUP)
+        running.wait_for("the old one stays")
+        assert running.end() == 0
+    _assert_same(directory / "two.db", tmp_path / "replicas" / "two.db")
+    _assert_same(tmp_path / "alone.db", tmp_path / "alone-replica")
+
+
+def test_the_control_socket(tmp_path: Path) -> None:
+    """Litestream's requests and answers, and the commands that send them."""
+    path, other, log = tmp_path / "app.db", tmp_path / "other.db", tmp_path / "log"
+    socket = str(tmp_path / "s")
+    create(path)
+    create(other)
+
+    def walship_command(*words: object) -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "walship.cli", *map(str, words), "-socket", socket],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        return done.returncode, done.stdout or done.stderr
+
+    code, said = walship_command("stop", path)
+    assert code == 1
+    assert "is `walship replicate` running" in said
+    with replicating("-socket", socket, path, tmp_path / "replica", log=log) as running:
+        running.wait_for("full copy as txid")
+        assert os.stat(socket).st_mode & 0o777 == 0o600
+        execute(path, "INSERT INTO rows VALUES ('a', 1, NULL)")
+        code, said = walship_command("sync", "-wait", "-json", path)
+        answer = json.loads(said)
+        assert (code, answer["path"]) == (0, str(path))
+        assert answer["txid"] == answer["replicated_txid"] >= 2
+        assert call(socket, "GET", f"/txid?path={path}", None, 9)["txid"] == answer["txid"]
+        waited = call(socket, "POST", "/wait", {"path": str(path), "txid": answer["txid"]}, 9)
+        assert waited["replicated_txid"] == answer["txid"]
+        with pytest.raises(ControlError, match="not in") as late:
+            body = {"path": str(path), "txid": 10_000, "timeout": 0.1}
+            call(socket, "POST", "/wait", body, 9)
+        assert late.value.status == 504
+
+        assert "registered" in walship_command("register", "-replica", tmp_path / "r2", other)[1]
+        assert "already" in walship_command("register", "-replica", tmp_path / "r2", other)[1]
+        running.wait_for("full copy as txid", 2)
+        listed = call(socket, "GET", "/list", None, 9)["databases"]
+        assert [row["path"] for row in listed] == [str(path), str(other)]
+        wait_until(
+            lambda: (
+                {row["status"] for row in call(socket, "GET", "/list", None, 9)["databases"]}
+                == {"replicating"}
+            ),
+            running.said,
+        )
+        assert "stopped" in walship_command("stop", other)[1]
+        assert "already_stopped" in walship_command("stop", other)[1]
+        code, said = walship_command("sync", "-wait", other)
+        assert (code, "stopped" in said) == (1, True)
+        assert "started" in walship_command("start", other)[1]
+        assert "unregistered" in walship_command("unregister", other)[1]
+        assert "already_unregistered" in walship_command("unregister", other)[1]
+        info = call(socket, "GET", "/info", None, 9)
+        assert (info["pid"], info["database_count"]) == (running.pid, 1)
+        for method, target, body, status in (
+            ("POST", "/sync", {"path": "/no/such.db"}, 404),
+            ("POST", "/sync", {}, 400),
+            ("POST", "/wait", {"path": str(path), "txid": "7"}, 400),
+            ("POST", "/register", {"path": "/x.db", "replica_url": "ftp://x"}, 400),
+            ("GET", "/nothing", None, 404),
+            ("POST", "/list", {}, 404),
+        ):
+            with pytest.raises(ControlError) as refused:
+                call(socket, method, target, body, 9)
+            assert refused.value.status == status, (target, str(refused.value))
+        with replicating("-socket", socket, other, tmp_path / "r3", log=tmp_path / "l2") as second:
+            assert second.wait() == 1
+            assert "another process answers" in second.said()
+        assert running.end() == 0
+    assert not os.path.exists(socket)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("app.db",), "where to?"),
+        (("app.db", "s3://bucket/x", "-config", "w.yml"), "exclude each other"),
+        (("app.db", "ftp://x/y"), "ftp"),
+        ((), "which databases?"),
+    ],
+)
+def test_wrong_arguments(words: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    """One clear error, and no traceback."""
+    with replicating(*words, log=tmp_path / "log") as running:
+        assert running.wait() == 1
+        assert says in running.said()
+        assert "Traceback" not in running.said()
+
+
+def test_litestream_restores_it(litestream: Path, tmp_path: Path) -> None:
+    """The real Litestream reads what the sidecar wrote."""
+    path, replica, log = tmp_path / "app.db", tmp_path / "replica", tmp_path / "log"
+    create(path)
+    with replicating(path, replica, log=log) as running:
+        running.wait_for("full copy as txid")
+        writer(path, "a", 1.0, "PASSIVE").wait(60)
+        assert running.end() == 0
+    output = tmp_path / "litestream.db"
+    subprocess.run(
+        [str(litestream), "restore", "-o", str(output), f"file://{replica}"],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    assert dump(output) == dump(path)
