@@ -13,12 +13,16 @@ from urllib.parse import quote
 
 import apsw
 
+from .errors import RestoreError
+
 __all__ = ["IntegrityMode", "integrity_check"]
 
 IntegrityMode = Literal["none", "quick", "full"]
 
 #: Findings reported at most; one is enough to know.
 _FINDINGS_MAX: Final = 5
+#: What has its reason in the machine, not in the file.
+_UNABLE: Final = (apsw.CantOpenError, apsw.FullError, apsw.NoMemError, apsw.PermissionsError)
 #: SQLite's instructions between two chances for Ctrl-C.
 _STEPS_PER_LOOK: Final = 200_000
 
@@ -35,6 +39,9 @@ def integrity_check(
 
     Returns:
         What is wrong, in SQLite's words; empty if nothing is.
+
+    Raises:
+        RestoreError: it could not be checked; that says nothing about the file.
     """
     if mode == "none":
         return []
@@ -43,6 +50,8 @@ def integrity_check(
         # immutable: the header may say WAL, and looking for one would need write access.
         name = f"file:{quote(os.path.abspath(path))}?immutable=1"
         connection = apsw.Connection(name, flags=flags, vfs=vfs)
+    except _UNABLE as error:
+        raise RestoreError(f"SQLite could not check {path}: {error}") from error
     except apsw.Error as error:
         return [str(error)]
     try:
@@ -50,6 +59,8 @@ def integrity_check(
         connection.set_progress_handler(go_on, _STEPS_PER_LOOK)
         pragma = "quick_check" if mode == "quick" else "integrity_check"
         rows = connection.execute(f"PRAGMA {pragma}({_FINDINGS_MAX})").fetchall()
+    except _UNABLE as error:
+        raise RestoreError(f"SQLite could not check {path}: {error}") from error
     except apsw.Error as error:
         return [str(error)]
     finally:

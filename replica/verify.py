@@ -20,7 +20,7 @@ import json
 import os
 import tempfile
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Final, Literal
@@ -161,7 +161,7 @@ def verify(
     """
     started = clock.monotonic()
     trial = _Trial(store, clock, scratch, parallelism, progress)
-    with tempfile.TemporaryFile(dir=scratch.parent) as hashes:
+    with _explained(scratch.parent), tempfile.TemporaryFile(dir=scratch.parent) as hashes:
         live: _Live | None = None
         reason = ""
         if database is not None and directory is not None and database.exists():
@@ -175,6 +175,17 @@ def verify(
         acked_txid = 0 if directory is None else replicated_txid(directory, store.url)
         found = trial.run(live, reason, acked_txid)
     return replace(found, time_ms=clock.now_ms(), duration_s=clock.monotonic() - started)
+
+
+@contextlib.contextmanager
+def _explained(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RestoreError(
+            f"cannot write a scratch file in {directory}: {error.strerror or error} (-scratch DIR "
+            "puts it elsewhere)"
+        ) from error
 
 
 def _hash_live(view: Live, hashes: BinaryIO) -> _Live:
@@ -233,13 +244,13 @@ class _Trial:
                 keep=False,
             )
         except (FormatError, GapError) as error:
-            return self._damaged(txid, reason, str(error))
+            return self._damaged(txid, reason, f"{error}; {_MOVE}")
         except NoBackupError as error:
             if live is not None:  # compacted, or gone
                 return self.run(None, f"{error}", acked_txid)
             if not acked_txid:
                 raise
-            return self._damaged(txid, reason, f"what was shipped is not there any more: {error}")
+            return self._damaged(txid, reason, f"what was shipped is gone: {error}; {_RENEW}")
         except RestoreError as error:
             if not isinstance(error.__cause__, ObjectNotFound):
                 raise
@@ -252,7 +263,7 @@ class _Trial:
             replica=self._store.url,
             txid=txid,
             not_compared=reason or "there is nothing to compare it with",
-            problem=f"{problem}; {_RENEW}",
+            problem=problem,
         )
 
     def _inspect(
@@ -306,7 +317,13 @@ class _Trial:
         )
 
 
+#: What to do where the replica's segments are sound, but not those of the database.
 _RENEW: Final = "ship the database anew: close it everywhere, `walship reset DB`, and open it again"
+#: What to do where they are not: what follows them cannot be restored, whatever it holds.
+_MOVE: Final = (
+    "replicate the database to a new path, so that all of it is shipped there (`walship timeline` "
+    "shows what this replica can still give back)"
+)
 
 
 def _compare(result: RestoreResult, live: _Live) -> tuple[int, list[int]]:

@@ -171,16 +171,16 @@ def test_lost_and_broken_segments_are_damage(tmp_path: Path) -> None:
     whole = newest.read_bytes()
     middle = len(whole) // 2
     newest.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
-    for _ in range(2):
+    for remedy in ("to a new path", "walship reset"):
         code, found, _ = _command(database.path, "-config", config)
         assert (code, found["outcome"]) == (4, "damaged")
-        assert "walship reset" in found["problem"]
+        assert remedy in found["problem"]
         newest.unlink(missing_ok=True)
     for name in database.segments():
         (database.replica / "ltx" / "0" / name).unlink()
     code, found, _ = _command(database.path, "-config", config)
     assert (code, found["outcome"]) == (4, "damaged")
-    assert "not there any more" in found["problem"]
+    assert "what was shipped is gone" in found["problem"]
 
 
 # --- processes use it ----------------------------------------------------------------------------
@@ -282,6 +282,9 @@ def test_a_replica_alone(tmp_path: Path) -> None:
     code, found, err = _command(f"file://{tmp_path / 'nothing'}")
     assert (code, found) == (3, {})
     assert err.startswith("walship: ")
+    code, _, err = _command("-scratch", "/proc", database.store().url)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "-scratch" in err
     code, _, err = _command("-scratch", tmp_path / "missing", f"file://{root}")
     assert code == 1
     assert "-scratch" in err
