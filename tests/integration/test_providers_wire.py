@@ -237,7 +237,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def endpoint(certificate: Path) -> Iterator[RecordingEndpoint]:
     """A recording endpoint that every server is."""
-    with recording_endpoint(certificate) as running, every_server_is(running):
+    with recording_endpoint(certificate) as running, every_server_is(running.port):
         yield running
 
 

@@ -283,12 +283,15 @@ def every_host_is(endpoint: RecordingEndpoint) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def every_server_is(endpoint: RecordingEndpoint) -> Iterator[None]:
-    """The same, whatever the port is: so that URLs need none."""
+def every_server_is(port: int) -> Iterator[None]:
+    """Whatever host name and port is looked up, it is this port of this machine; addresses stay
+    what they are."""
     real = socket.getaddrinfo
 
-    def resolve(host: Any, port: Any, *more: Any, **named: Any) -> Any:
-        return real("127.0.0.1", endpoint.port, *more, **named)
+    def resolve(host: Any, asked: Any, *more: Any, **named: Any) -> Any:
+        if re.fullmatch(r"[\d.]+", str(host)):
+            return real(host, asked, *more, **named)
+        return real("127.0.0.1", port, *more, **named)
 
     with mock.patch.object(socket, "getaddrinfo", resolve):
         yield
