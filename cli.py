@@ -52,10 +52,9 @@ from walship.replica.errors import (
     ReplicaError,
     StoreError,
 )
-from walship.replica.files import Files
 from walship.replica.format.types import LEVEL_MAX, format_segment_name, format_txid, parse_txid
 from walship.replica.marks import remove_mark
-from walship.replica.peers import ask_leader, read_leader
+from walship.replica.overview import Overview, ask_running, look_at
 from walship.replica.plan import format_time
 from walship.replica.process import started_ms
 from walship.replica.reset import reset
@@ -68,7 +67,7 @@ from walship.replica.restore import (
 )
 from walship.replica.restore_front import labelled, parse_time, progress_bar
 from walship.replica.settings import DatabaseSettings, ReplicaSettings, database_path
-from walship.replica.spool import read_state, state_directory
+from walship.replica.spool import state_directory
 from walship.replica.sqlite import connections_to
 from walship.replica.store.base import ObjectStore, SegmentInfo
 from walship.replica.store.opening import open_store
@@ -219,11 +218,7 @@ _ELSEWHERE: Final[Mapping[str, str]] = {
 
 #: How long `status` waits for a process that has the database open, seconds.
 _ASK_S: Final = 1.0
-#: What it needs of that process's answer.
-_STATUS_KEYS: Final = frozenset(
-    {"state", "txid", "replicated_txid", "lag_s", "last_error", "last_upload_ms"}
-)
-#: Its states in the words that Litestream has for them.
+#: States of a running database in the words that Litestream's `list` has for them.
 _LIST_STATES: Final[Mapping[str, str]] = {
     "opening": "open",
     "ok": "replicating",
@@ -1133,12 +1128,12 @@ def _list(arguments: argparse.Namespace, clock: Clock) -> int:
     settings, _ = _required_config(arguments)
     rows = []
     for database in settings.all_databases():
-        running = _ask_running(database.meta_path, arguments.timeout)
+        running = ask_running(database.meta_path, arguments.timeout)
         row = {"path": str(database.path), "status": "stopped"}
         if running is not None:
-            row["status"] = _LIST_STATES.get(str(running["state"]), "stopped")
-            if running["last_upload_ms"] is not None:
-                row["last_sync_at"] = _timestamp(running["last_upload_ms"])
+            row["status"] = _LIST_STATES.get(running.state, "stopped")
+            if running.last_upload_ms is not None:
+                row["last_sync_at"] = _timestamp(running.last_upload_ms)
         rows.append(row)
     if arguments.json:
         _print_json({"databases": rows})
@@ -1159,10 +1154,9 @@ def _info(arguments: argparse.Namespace, clock: Clock) -> int:
     settings, file = _required_config(arguments)
     by_process: dict[int, list[str]] = {}
     for database in settings.all_databases():
-        if _ask_running(database.meta_path, arguments.timeout) is not None:
-            # The pipe that answered is named after its process.
-            name = read_leader(Files(), database.meta_path) or ""
-            by_process.setdefault(int(name.partition("-")[0]), []).append(str(database.path))
+        running = ask_running(database.meta_path, arguments.timeout)
+        if running is not None:
+            by_process.setdefault(running.pid, []).append(str(database.path))
     if not by_process:
         raise ConfigError(
             f"no process has a database of {file} open (`walship databases` lists them)"
@@ -1234,7 +1228,8 @@ def _status(arguments: argparse.Namespace, clock: Clock) -> int:
     code = EXIT_OK
     rows = []
     for path, directory, replica in _chosen(arguments):
-        row, error = _database_status(path, directory, replica, clock)
+        found = look_at(path, directory, replica, clock, _ASK_S)
+        row, error = _status_row(path, found), found.problem
         verified = last_verified(directory)
         row["last_verified"] = "-"
         if verified is not None:
@@ -1254,6 +1249,7 @@ def _status(arguments: argparse.Namespace, clock: Clock) -> int:
         columns = [
             "database",
             "status",
+            "state",
             "local_txid",
             "replica_txid",
             "lag",
@@ -1265,61 +1261,17 @@ def _status(arguments: argparse.Namespace, clock: Clock) -> int:
     return code
 
 
-def _database_status(
-    path: Path, directory: Path, replica: ReplicaSettings | None, clock: Clock
-) -> tuple[dict[str, str], ReplicaError | None]:
-    """One row; what could not be found out is an error beside it and "-" in it."""
-    row = {
+def _status_row(path: Path, found: Overview) -> dict[str, str]:
+    """Litestream's fields and some more; "-" for what is not known."""
+    return {
         "database": str(path),
-        "status": "no database",
-        "local_txid": "-",
-        "replica_txid": "-",
-        "lag": "-",
-        "wal_size": "-",
+        "status": found.word,
+        "state": found.state or "-",
+        "local_txid": format_txid(found.txid) if found.txid else "-",
+        "replica_txid": format_txid(found.replicated_txid) if found.replicated_txid else "-",
+        "lag": "-" if found.lag_s is None else f"{found.lag_s:.1f} s",
+        "wal_size": "-" if found.wal_bytes is None else _human_size(found.wal_bytes),
     }
-    problem: ReplicaError | None = None
-    if path.exists():
-        row["status"] = "not initialized"
-        wal = Path(f"{path}-wal")
-        row["wal_size"] = _human_size(wal.stat().st_size if wal.exists() else 0)
-    running = _ask_running(directory, _ASK_S)
-    if running is not None:
-        row["status"] = str(running["state"])
-        row["local_txid"] = format_txid(running["txid"]) if running["txid"] else "-"
-        newest = running["replicated_txid"]
-        row["replica_txid"] = format_txid(newest) if newest else "-"
-        row["lag"] = f"{running['lag_s']:.1f} s"
-        error = running["last_error"]
-        return row, None if error is None else ReplicaError(f"{path}: {error}")
-    try:
-        state = read_state(directory)
-    except (ReplicaError, OSError) as error:
-        row["status"] = "error"
-        problem = error if isinstance(error, ReplicaError) else ConfigError(_one_line(error))
-    else:
-        if state is not None and state.txid:
-            row["local_txid"] = format_txid(state.txid)
-            if path.exists():
-                row["status"] = "not open"
-    if replica is not None:
-        try:
-            with _opened(replica, clock) as store:
-                newest = max((each.max_txid for each in list_replica(store)), default=0)
-            row["replica_txid"] = format_txid(newest) if newest else "-"
-        except ReplicaError as error:
-            row["status"] = "error"
-            problem = problem or error
-    return row, problem
-
-
-def _ask_running(directory: Path, timeout_s: float) -> Mapping[str, Any] | None:
-    """The status of a database that some process has open, by the one that uploads."""
-    try:
-        answer = ask_leader(Files(), directory, {"op": "status"}, timeout_s)
-    except OSError:
-        return None  # no state directory, or not ours to write to
-    status = (answer or {}).get("status")
-    return status if isinstance(status, dict) and status.keys() >= _STATUS_KEYS else None
 
 
 def _doctor(arguments: argparse.Namespace, clock: Clock) -> int:

@@ -97,7 +97,7 @@ _LOGGING_KEYS: Final[Mapping[str, Parser]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingSettings:
-    """The ``logging`` section; it concerns the command line only, never an application's logging.
+    """The ``logging`` section; it is for programs that run on, never for an application's logging.
 
     Attributes:
         level: trace, debug, info, warn or error.

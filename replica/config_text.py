@@ -94,11 +94,12 @@ def _parse(text: str, variables: Mapping[str, str]) -> object:
                 return yaml.load(whole, _TextLoader)
             except yaml.YAMLError:
                 pass
-        raise ConfigError(f"not YAML: {_problem(error)}") from error
+        # Without the cause: it has the offending line in it, and a traceback would show it.
+        raise ConfigError(f"not YAML: {_problem(error)}") from None
 
 
 def _problem(error: yaml.YAMLError) -> str:
-    # Not the offending line itself: there may be a secret on it.
+    """What is wrong and where, but not the offending line: there may be a secret on it."""
     problem = getattr(error, "problem", None) or "it cannot be parsed"
     if "'?'" in problem:
         problem += ": a URL inside { } or [ ] needs quotes"

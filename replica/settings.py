@@ -31,6 +31,7 @@ from walship.replica.url import (
     normalize_endpoint,
     parse_url,
     provider_of,
+    region_of,
 )
 from walship.replica.values import (
     nearest,
@@ -412,6 +413,7 @@ def _s3(values: Mapping[str, object], variables: Mapping[str, str]) -> S3Setting
     provider = provider_of(endpoint or None)
     region = (
         text.get("region")
+        or region_of(endpoint or None)
         or variables.get("AWS_REGION")
         or variables.get("AWS_DEFAULT_REGION")
         or provider.region

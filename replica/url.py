@@ -32,6 +32,7 @@ __all__ = [
     "normalize_endpoint",
     "parse_url",
     "provider_of",
+    "region_of",
 ]
 
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -344,11 +345,29 @@ _PROVIDERS: Final[tuple[tuple[Callable[[str], bool], Provider], ...]] = (
 )
 
 
+#: Endpoints of providers that have one per region, and name it there.
+_REGION_IN_HOST: Final = re.compile(
+    r"s3[.-](?P<aws>[a-z0-9-]+)\.amazonaws\.com|(?P<do>[a-z0-9-]+)\.digitaloceanspaces\.com|"
+    r"s3\.(?P<b2>[a-z0-9-]+)\.backblazeb2\.com|s3\.(?P<scw>[a-z0-9-]+)\.scw\.cloud|"
+    r"(?P<hetzner>[a-z0-9-]+)\.your-objectstorage\.com"
+)
+
+
+def region_of(endpoint: str | None) -> str | None:
+    """The region that an endpoint is for, where its host name says so: no other can be right."""
+    match = _REGION_IN_HOST.fullmatch(_host(endpoint)) if endpoint else None
+    return match[match.lastgroup] if match is not None and match.lastgroup else None
+
+
+def _host(endpoint: str) -> str:
+    return (urlsplit(endpoint).hostname or "").lower().rstrip(".")
+
+
 def provider_of(endpoint: str | None) -> Provider:
     """Who is behind an endpoint (None is AWS); a nameless one with the defaults if unknown."""
     if endpoint is None:
         return Provider("AWS")
-    host = (urlsplit(endpoint).hostname or "").lower().rstrip(".")
+    host = _host(endpoint)
     for matches, provider in _PROVIDERS:
         if matches(host):
             return provider

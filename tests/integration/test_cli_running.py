@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +15,15 @@ import pytest
 
 import walship
 from support.databases import WAIT_S
+from support.recording import Answer, Request, error_answer, recording_endpoint
+from support.replicas import GOLDEN
 from walship import cli
+
+ENVIRON = {
+    name: value
+    for name, value in os.environ.items()
+    if not name.startswith(("AWS_", "LITESTREAM_", "WALSHIP_"))
+}
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -99,6 +109,36 @@ def test_nothing_runs(run: Run, config: Path) -> None:
     code, out, err = run("info", "-json", "-config", config)
     assert (code, out) == (1, "")
     assert f"no process has a database of {config} open" in err
+
+
+@pytest.mark.parametrize(("quote", "code"), [("", 5), ("'", 0)])
+def test_a_url_in_a_real_shell(quote: str, code: int, tmp_path: Path) -> None:
+    """Unquoted, a shell cuts the guide's URL at its &; when that goes wrong, the error says so."""
+    with recording_endpoint() as endpoint:
+        golden = sorted((GOLDEN / "g-s3-layout" / "objects").rglob("*.ltx"))
+        for file in golden:
+            endpoint.objects[f"bucket/{file.parent.name}/{file.name}"] = (file.read_bytes(), {})
+
+        def check_region(request: Request) -> Answer | None:
+            if request.signing_region == "auto":
+                return None
+            return error_answer(400, "AuthorizationHeaderMalformed", "the region is wrong")
+
+        endpoint.answer = check_region
+        url = f"{quote}s3://bucket?endpoint=127.0.0.1:{endpoint.port}&region=auto{quote}"
+        program = f"{sys.executable} -m walship.cli restore -o {tmp_path}/my.db {url}"
+        done = subprocess.run(
+            ["sh", "-c", f"{program} & wait $!" if quote else f"{program}; wait $!"],
+            env={**ENVIRON, "AWS_ACCESS_KEY_ID": "tid_x", "AWS_SECRET_ACCESS_KEY": "tsec_y"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == code, done.stderr
+    assert ("put it in quotes, or the shell cuts it there" in done.stderr) == (not quote)
+    assert (tmp_path / "my.db").exists() == bool(quote)
 
 
 def test_a_socket_is_not_needed(run: Run, config: Path) -> None:

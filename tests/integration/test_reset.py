@@ -106,7 +106,7 @@ def test_status_of_an_open_database(
         shipped = f"{database.sync():016x}"
         calls = stores.last.calls.copy()
         row = _status(database, capsys)
-        assert (row["status"], row["lag"]) == ("ok", "0.0 s")
+        assert (row["status"], row["state"], row["lag"]) == ("ok", "ok", "0.0 s")
         assert row["local_txid"] == row["replica_txid"] == shipped
         assert stores.last.calls == calls
         stores.fail(before=1.0, after=0.0)
@@ -114,7 +114,8 @@ def test_status_of_an_open_database(
         with pytest.raises(walship.NotYetReplicated):
             walship.replication(connection).sync(0.3)
         row = _status(database, capsys)
-        assert (row["status"], row["replica_txid"]) == ("retrying", shipped)
+        assert (row["status"], row["state"]) == ("error", "retrying")
+        assert row["replica_txid"] == shipped
         stores.fail(before=0.0, after=0.0)
     row = _status(database, capsys)
-    assert row["status"] == "not open"
+    assert (row["status"], row["state"]) == ("ok", "not open")

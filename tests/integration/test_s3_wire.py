@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import random
 import re
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from support.recording import (
     error_answer,
     every_host_is,
     recording_endpoint,
+    self_signed,
 )
 from walship.replica.config import parse_replica
 from walship.replica.errors import (
@@ -666,18 +666,7 @@ def test_a_bare_bucket_that_is_missing(endpoint: RecordingEndpoint) -> None:
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file with a key and a certificate of its own for localhost."""
-    file = tmp_path_factory.mktemp("tls") / "both.pem"
-    key = file.with_name("key.pem")
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-        + ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-        + ["-keyout", str(key), "-out", str(file)],
-        check=True,
-        capture_output=True,
-        timeout=60,
-    )
-    file.write_bytes(file.read_bytes() + key.read_bytes())
-    return file
+    return self_signed(tmp_path_factory.mktemp("tls"), "localhost")
 
 
 def test_certificates(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import re
 import socket
 import ssl
 import struct
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -81,6 +82,8 @@ class RecordingEndpoint:
         objects: content and metadata headers by ``bucket/key``.
         answer: if set, asked first; None from it means: answer as usual.
         ignores_conditions: puts succeed whatever If-Match and If-None-Match say.
+        address: host, and path if it has one, of the provider that it plays: buckets are in the
+            path of requests to it, and in front of it in the host name of others.
         connections: how many were made.
 
     Args:
@@ -90,6 +93,7 @@ class RecordingEndpoint:
     def __init__(self, certificate: Path | None = None) -> None:
         self.connections = 0
         self.ignores_conditions = False
+        self.address: str | None = None
         self.requests: list[Request] = []
         self.objects: dict[str, tuple[bytes, dict[str, str]]] = {}
         self.uploads: dict[str, dict[int, bytes]] = {}
@@ -164,7 +168,10 @@ class RecordingEndpoint:
     def _usual(self, request: Request) -> Answer:
         host = request.headers["host"].partition(":")[0]
         path = unquote(request.path)[1:]
-        if not re.fullmatch(r"[\d.]+|localhost|fly\.storage\.tigris\.dev|[a-z0-9]+\.test", host):
+        own, _, folder = (self.address or "").partition("/")
+        if host == own:
+            path = path.removeprefix(f"{folder}/")
+        elif not re.fullmatch(r"[\d.]+|localhost|fly\.storage\.tigris\.dev|[a-z0-9]+\.test", host):
             path = f"{host.partition('.')[0]}/{path}"  # virtual-host style
         bucket, _, key = path.partition("/")
         if request.method == "POST" and "delete" in request.query:
@@ -273,6 +280,37 @@ def every_host_is(endpoint: RecordingEndpoint) -> Iterator[None]:
 
     with mock.patch.object(socket, "getaddrinfo", resolve):
         yield
+
+
+@contextlib.contextmanager
+def every_server_is(port: int) -> Iterator[None]:
+    """Whatever host name and port is looked up, it is this port of this machine; addresses stay
+    what they are."""
+    real = socket.getaddrinfo
+
+    def resolve(host: Any, asked: Any, *more: Any, **named: Any) -> Any:
+        if re.fullmatch(r"[\d.]+", str(host)):
+            return real(host, asked, *more, **named)
+        return real("127.0.0.1", port, *more, **named)
+
+    with mock.patch.object(socket, "getaddrinfo", resolve):
+        yield
+
+
+def self_signed(directory: Path, *names: str) -> Path:
+    """A file with a key and a certificate of its own for these host names."""
+    key, file = directory / "key.pem", directory / "both.pem"
+    alternatives = ",".join(f"DNS:{name}" for name in names)
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+        + ["-subj", "/CN=recording", "-addext", f"subjectAltName={alternatives}"]
+        + ["-keyout", str(key), "-out", str(file)],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    file.write_bytes(file.read_bytes() + key.read_bytes())
+    return file
 
 
 def _etag(content: bytes) -> str:

@@ -538,6 +538,7 @@ def test_status(run: Run, replica: str, tmp_path: Path) -> None:
         {
             "database": f"{tmp_path}/a.db",
             "status": "not initialized",
+            "state": "-",
             "local_txid": "-",
             "replica_txid": "0000000000000013",
             "lag": "-",
@@ -547,6 +548,7 @@ def test_status(run: Run, replica: str, tmp_path: Path) -> None:
         {
             "database": f"{tmp_path}/b.db",
             "status": "no database",
+            "state": "-",
             "local_txid": "-",
             "replica_txid": "-",
             "lag": "-",
@@ -560,6 +562,7 @@ def test_status(run: Run, replica: str, tmp_path: Path) -> None:
         f"{tmp_path}/a.db",
         "not",
         "initialized",
+        "-",
         "-",
         "-",
         "-",

@@ -480,3 +480,27 @@ def test_nothing_is_connected_or_imported() -> None:
         "assert not {'boto3', 'botocore', 'urllib3'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "region"),
+    [
+        ("s3.eu-central-003.backblazeb2.com", "eu-central-003"),
+        ("https://fra1.digitaloceanspaces.com", "fra1"),
+        ("s3.fr-par.scw.cloud", "fr-par"),
+        ("fsn1.your-objectstorage.com", "fsn1"),
+        ("s3.eu-west-3.amazonaws.com", "eu-west-3"),
+        ("s3.amazonaws.com", "elsewhere"),
+        ("s3.example.com", "elsewhere"),
+    ],
+)
+def test_region_of_an_endpoint(endpoint: str, region: str) -> None:
+    """A region in the endpoint's name wins over the environment, and gives way to the setting."""
+    url = f"s3://b/p?endpoint={endpoint}"
+    environ = {"AWS_REGION": "elsewhere"}
+    found = parse_replica(url, environ=environ).store
+    assert isinstance(found, S3Settings)
+    assert found.region == region
+    given = parse_replica(f"{url}&region=mine", environ=environ).store
+    assert isinstance(given, S3Settings)
+    assert given.region == "mine"
