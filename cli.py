@@ -213,7 +213,7 @@ _CONTROLS: Final[Mapping[str, str]] = {
 _ELSEWHERE: Final[Mapping[str, str]] = {
     "snapshots": "there are no separate snapshots any more; `walship ltx -level 9` lists them",
     "generations": "there are no generations any more; `walship ltx -level all` lists the replica",
-    "mcp": "not supported",
+    "mcp": "there is no MCP server; the commands print JSON with -json (see `walship -h`)",
 }
 
 #: How long `status` waits for a process that has the database open, seconds.

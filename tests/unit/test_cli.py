@@ -347,7 +347,7 @@ def test_wrong_usage_is_one_line(run: Run, words: list[str]) -> None:
     assert is_one_line(err)
 
 
-@pytest.mark.parametrize("name", ["snapshots", "generations", "replicate", "sync", "stop"])
+@pytest.mark.parametrize("name", ["snapshots", "generations", "mcp"])
 def test_commands_of_litestream_that_are_elsewhere(run: Run, name: str) -> None:
     """A command somebody knows from Litestream says where its job is done here."""
     code, out, err = run(name, "-config", "x.yml")
