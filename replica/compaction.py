@@ -302,8 +302,10 @@ class Levels:
         if listing is None:
             return _NEVER
         now_ms = self._clock.now_ms()
-        self._merge_all(listing, now_ms)
+        damage = self._merge_all(listing, now_ms)
         self._delete_expired(listing, now_ms)
+        if damage is not None:
+            raise damage
         due_ms = next_due_ms(listing, self._settings, now_ms)
         return _NEVER if due_ms is None else max(0.0, (due_ms - self._clock.now_ms()) / 1000)
 
@@ -359,19 +361,30 @@ class Levels:
 
     # -- merging ------------------------------------------------------------------------------
 
-    def _merge_all(self, listing: Listing, now_ms: int) -> None:
-        settings = self._settings
-        for level in settings.levels:
-            if is_due(settings.interval_ms(level), self._last_ms.get(level), now_ms):
-                for compaction in compactions(listing, settings, level, now_ms):
+    def _merge_all(self, listing: Listing, now_ms: int) -> FormatError | RestoreError | None:
+        """Merge what is due; returns the first damage that is in the way of some of it.
+
+        What is damaged is in nobody's way but its own level's, and then those above.
+        """
+        damage: FormatError | RestoreError | None = None
+        for level in (*self._settings.levels, LEVEL_SNAPSHOT):
+            interval_ms = self._settings.interval_ms(level)
+            if not interval_ms or not is_due(interval_ms, self._last_ms.get(level), now_ms):
+                continue
+            try:
+                for compaction in self._due_in(listing, level, now_ms):
                     self._carry_out(listing, compaction)
+            except (FormatError, RestoreError) as error:
+                damage = damage or error
+            else:
                 self._last_ms[level] = now_ms
-        interval_ms = settings.interval_ms(LEVEL_SNAPSHOT)
-        if interval_ms and is_due(interval_ms, self._last_ms.get(LEVEL_SNAPSHOT), now_ms):
-            due = snapshot(listing, settings, now_ms)
-            if due is not None:
-                self._carry_out(listing, due)
-            self._last_ms[LEVEL_SNAPSHOT] = now_ms
+        return damage
+
+    def _due_in(self, listing: Listing, level: int, now_ms: int) -> Sequence[Compaction]:
+        if level != LEVEL_SNAPSHOT:
+            return compactions(listing, self._settings, level, now_ms)
+        due = snapshot(listing, self._settings, now_ms)
+        return () if due is None else (due,)
 
     def _carry_out(self, listing: Listing, compaction: Compaction) -> None:
         self._may_go_on()
