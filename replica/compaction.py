@@ -23,6 +23,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -388,6 +389,7 @@ class Levels:
 
     def _carry_out(self, listing: Listing, compaction: Compaction) -> None:
         self._may_go_on()
+        began = self._clock.monotonic()
         made = self._copy(compaction) if len(compaction.inputs) == 1 else None
         if made is None:
             made = self._merge(compaction)
@@ -395,12 +397,14 @@ class Levels:
         if compaction.level != LEVEL_SNAPSHOT:
             self._kept.drop(compaction.inputs)
         log.debug(
-            "%s: level %d, %d segments into %s, %d bytes",
+            "%s: level %d: %d segments of %d bytes became %s of %d bytes in %.3f s",
             self._name,
             compaction.level,
             len(compaction.inputs),
+            sum(segment.size_bytes for segment in compaction.inputs),
             made.key,
             made.size_bytes,
+            self._clock.monotonic() - began,
         )
 
     def _key(self, compaction: Compaction) -> str:
@@ -525,7 +529,21 @@ class Levels:
         for start in range(0, len(doomed), _DELETE_BATCH):
             batch = doomed[start : start + _DELETE_BATCH]
             self._may_go_on()
-            self._store.delete([segment.key for segment in batch])
+            try:
+                self._store.delete([segment.key for segment in batch])
+            except StoreError as error:
+                if error.retryable:
+                    raise
+                # Asking for ever would keep an idle database busy.
+                self._settings = replace(self._settings, retention=False)
+                log.warning(
+                    "%s: what is old cannot be removed from %s and stays there: %s (grant the "
+                    "right to delete, or set retention: false)",
+                    self._name,
+                    self._store.url,
+                    error,
+                )
+                return
             listing.remove(batch)
 
 

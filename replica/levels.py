@@ -194,7 +194,7 @@ def _first_snapshot(listing: Listing) -> Compaction | None:
         return None
     if listing[1] and listing[1][0].min_txid == 1:
         return None  # Litestream has merged it
-    if any(snapshot.max_txid == 1 for snapshot in listing[LEVEL_SNAPSHOT]):
+    if listing[LEVEL_SNAPSHOT]:
         return None
     return Compaction(LEVEL_SNAPSHOT, (level[0],), level[0].created_ms)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from support.life import Life
+from walship.replica.errors import StoreError
 from walship.replica.level_settings import LevelSettings
 
 HOUR_S = 3600.0
@@ -95,6 +97,31 @@ def test_a_busy_day_keeps_few_objects(tmp_path: Path) -> None:
     life.assert_few_objects()
     life.assert_times_are_there(samples=30)
     life.assert_txids_are_there(samples=30)
+
+
+def test_without_the_right_to_delete_everything_stays(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said once, merging goes on, and an idle database is idle."""
+    life = Life(tmp_path, LevelSettings(), seed=1)
+    refused = 0
+
+    def delete(keys: Sequence[str]) -> None:
+        nonlocal refused
+        refused += 1
+        raise StoreError("delete: AccessDenied", code="AccessDenied")
+
+    life.store.delete = delete  # type: ignore[method-assign]
+    for _ in range(60):
+        life.commit()
+        life.advance(100.0)
+    life.advance(4 * DAY_S)
+    assert life.is_idle
+    assert refused == 1
+    assert "retention: false" in caplog.text
+    assert [s.max_txid for s in life.listing() if s.level == 0] == list(range(1, 61))
+    assert max(s.max_txid for s in life.listing() if s.level == 3) == 60
+    life.assert_txids_are_there(samples=10)
 
 
 def test_an_idle_replica_is_left_alone(tmp_path: Path) -> None:

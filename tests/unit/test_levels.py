@@ -59,6 +59,8 @@ def test_the_first_segment_goes_to_level_9_and_never_to_level_1() -> None:
     """A full copy is stored once, not in every level."""
     listing = Listing([*l0(0, 1 * S), *newest(first=3)])
     assert shape(compactions(listing, SETTINGS, 1, T0 + DAY)) == [(9, 1, 1), (1, 2, 2)]
+    listing.add(seg(9, 1, 9, T0 + DAY))  # the one of TXID 1 has gone since
+    assert shape(compactions(listing, SETTINGS, 1, T0 + DAY)) == [(1, 2, 2)]
 
 
 def test_a_full_copy_followed_by_little_is_left_alone() -> None:
