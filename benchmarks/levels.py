@@ -2,18 +2,79 @@
 
 A process commits at a steady rate, first beside an engine that only ships, then beside one that
 merges into level 1 every second and makes one snapshot of the whole database after the other.
+Another one commits once a second with everybody's defaults, and a proxy counts the requests.
 """
 
 from __future__ import annotations
 
+import contextlib
+import time
 from typing import Any
 
-from harness import WALSHIP, Row, Sample, Setting, at_least, at_most, interleave, measure, sample
+from harness import (
+    LITESTREAM,
+    WALSHIP,
+    Litestream,
+    Row,
+    Sample,
+    Setting,
+    Worker,
+    at_least,
+    at_most,
+    interleave,
+    measure,
+    sample,
+)
+from proxy import proxy
 
 _RATE = 500  # commits a second
 
 
 def run(setting: Setting) -> list[Row]:
+    return [*_merging(setting), _requests(setting)]
+
+
+def _requests(setting: Setting) -> Row:
+    """Of databases that commit once a second, both contestants at the same time."""
+    seconds = int(setting.pick(240, 70))
+    counts: dict[str, Sample | None] = {}
+    with contextlib.ExitStack() as stack:
+        watched = []
+        for name in (LITESTREAM, WALSHIP):
+            place = stack.enter_context(setting.place())
+            way = stack.enter_context(proxy(setting.endpoint.url, place.directory / "proxy.log"))
+            job = {
+                "task": "paced",
+                "contestant": name,
+                "directory": str(place.directory),
+                "path": str(place.database),
+                "replica": place.replica(url=way.url),
+                "rate": 1,
+                "commits": seconds + 8,
+            }
+            worker = stack.enter_context(Worker(job, setting))
+            worker.wait_ready()
+            if name == LITESTREAM:
+                stack.enter_context(Litestream(place, {place.database: job["replica"]}))
+                place.wait_for_object()
+            watched.append((name, way, worker))
+        for _, _, worker in watched:
+            worker.go()
+        time.sleep(4)  # opening is over
+        began = time.monotonic()
+        time.sleep(seconds)
+        ended = time.monotonic()
+        for name, way, worker in watched:
+            found = sum(began <= request.t0 < ended for request in way.requests())
+            counts[name] = Sample((found * 3600 / seconds,))
+            worker.kill()
+    theirs = counts[LITESTREAM]
+    assert theirs is not None
+    what = "requests an hour of a database that commits once a second"
+    return Row("levels", what, counts, at_most(round(theirs.median)))
+
+
+def _merging(setting: Setting) -> list[Row]:
     n_bytes = int(setting.pick(1_000_000_000, 60_000_000))
     job = {
         "task": "levels",

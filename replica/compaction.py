@@ -66,7 +66,7 @@ log = logging.getLogger("walship.levels")
 #: and at most, bytes.
 _READ_AHEAD_BYTES: Final = 32 * 1024 * 1024
 _READ_MIN_BYTES: Final = 128 * 1024
-_READ_MAX_BYTES: Final = 4 * 1024 * 1024
+_READ_MAX_BYTES: Final = 8 * 1024 * 1024
 #: Waits after failures double from the first to the second, seconds.
 _BACKOFF_FIRST_S: Final = 1.0
 _BACKOFF_LONGEST_S: Final = 300.0
