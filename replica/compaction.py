@@ -50,6 +50,7 @@ from .levels import (
     next_due_ms,
     snapshot,
 )
+from .marks import KnownMarks, list_marks, pinned
 from .store.base import (
     SHA256_METADATA,
     ObjectStore,
@@ -226,6 +227,7 @@ class Levels:
         # For the thread that steps.
         self._listing: Listing | None = None
         self._last_ms: dict[int, int] = {}
+        self._marks: KnownMarks = {}
         self._active = False
         self._resting = False
         self._failures = 0
@@ -516,14 +518,32 @@ class Levels:
     # -- deleting -----------------------------------------------------------------------------
 
     def _delete_expired(self, listing: Listing, now_ms: int) -> None:
-        doomed = expired(listing, self._settings, now_ms)
+        if not self._find_expired(listing, now_ms):
+            return
+        # Others make and remove marks.  One that is made from now on is of the newest state, and
+        # what leads there is not removed.
+        marks = list_marks(self._store, self._marks)
+        listing.pinned = pinned(listing, (mark.txid for mark in marks))
         # Snapshots before what they stand on, so that no listing shows one that nothing leads to.
-        self._delete(listing, [each for each in doomed if each.level == LEVEL_SNAPSHOT])
-        self._delete(listing, [each for each in doomed if each.level != LEVEL_SNAPSHOT])
-        check_ms = round(self._settings.l0_retention_check_interval_s * 1000)
-        if is_due(check_ms, self._last_ms.get(0), now_ms):
-            self._delete(listing, expired_l0(listing, self._settings, now_ms))
+        doomed = self._find_expired(listing, now_ms)
+        for kind in (
+            [each for each in doomed if each.level == LEVEL_SNAPSHOT],
+            [each for each in doomed if 0 < each.level < LEVEL_SNAPSHOT],
+            [each for each in doomed if each.level == 0],
+        ):
+            self._delete(listing, kind)
+        if self._is_l0_due(now_ms):
             self._last_ms[0] = now_ms
+
+    def _find_expired(self, listing: Listing, now_ms: int) -> list[SegmentInfo]:
+        doomed = expired(listing, self._settings, now_ms)
+        if self._is_l0_due(now_ms):
+            doomed += expired_l0(listing, self._settings, now_ms)
+        return doomed
+
+    def _is_l0_due(self, now_ms: int) -> bool:
+        check_ms = round(self._settings.l0_retention_check_interval_s * 1000)
+        return is_due(check_ms, self._last_ms.get(0), now_ms)
 
     def _delete(self, listing: Listing, doomed: Sequence[SegmentInfo]) -> None:
         for start in range(0, len(doomed), _DELETE_BATCH):

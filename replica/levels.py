@@ -25,7 +25,7 @@ times can, to within the interval.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Final
@@ -60,9 +60,14 @@ _by_min: Final = attrgetter("min_txid")
 
 
 class Listing:
-    """What a replica holds, by level, in the order of names.  Not thread-safe."""
+    """What a replica holds, by level, in the order of names.  Not thread-safe.
+
+    Attributes:
+        pinned: what stays although it is old, because a marked state needs it.
+    """
 
     def __init__(self, segments: Iterable[SegmentInfo] = ()) -> None:
+        self.pinned: Set[SegmentInfo] = frozenset()
         self._levels: list[list[SegmentInfo]] = [[] for _ in range(LEVEL_SNAPSHOT + 1)]
         for segment in segments:
             self._levels[segment.level].append(segment)
@@ -266,7 +271,7 @@ def expired(listing: Listing, settings: LevelSettings, now_ms: int) -> list[Segm
                 break
             if segment.max_txid <= base.max_txid and segment.max_txid < reach:
                 doomed.append(segment)
-    return doomed
+    return [segment for segment in doomed if segment not in listing.pinned]
 
 
 def expired_l0(listing: Listing, settings: LevelSettings, now_ms: int) -> list[SegmentInfo]:
@@ -286,13 +291,15 @@ def expired_l0(listing: Listing, settings: LevelSettings, now_ms: int) -> list[S
         doomed.append(segment)
     while doomed and not _is_end(listing, doomed[-1].max_txid, base):
         doomed.pop()
-    return doomed
+    return [segment for segment in doomed if segment not in listing.pinned]
 
 
 def _ripe_l0_ms(listing: Listing, settings: LevelSettings, base: SegmentInfo | None) -> int | None:
     """When the oldest level-0 segments may go; None if they may not as things are."""
     newest_ms = 0
     for segment in listing[0][:-KEPT_L0]:
+        if segment in listing.pinned:
+            continue
         if not _is_held(listing, segment, base):
             return None
         newest_ms = max(newest_ms, segment.created_ms)

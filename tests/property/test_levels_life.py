@@ -10,6 +10,7 @@ import pytest
 from support.life import Life
 from walship.replica.errors import StoreError
 from walship.replica.level_settings import LevelSettings
+from walship.replica.marks import Mark, put_mark, remove_mark
 
 HOUR_S = 3600.0
 DAY_S = 24 * HOUR_S
@@ -122,6 +123,31 @@ def test_without_the_right_to_delete_everything_stays(
     assert [s.max_txid for s in life.listing() if s.level == 0] == list(range(1, 61))
     assert max(s.max_txid for s in life.listing() if s.level == 3) == 60
     life.assert_txids_are_there(samples=10)
+
+
+def test_a_marked_state_stays(tmp_path: Path) -> None:
+    """Exactly that state can be restored as long as the mark exists; then it goes with the rest."""
+    life = Life(tmp_path, LevelSettings(), seed=5)
+    marked = {}
+    for number in range(400):
+        life.commit()
+        if number % 90 == 50:
+            label = f"mark-{number}"
+            marked[label] = len(life.states)
+            put_mark(life.store, Mark(label, marked[label], life.clock.now_ms()))
+        life.advance(life.rng.uniform(1.0, 20.0) if number % 100 else 2 * DAY_S)
+    life.advance(4 * DAY_S)
+    assert life.is_idle
+    for txid in marked.values():
+        life.assert_restores(txid)
+    for label in marked:
+        remove_mark(life.store, label)
+    for _ in range(30):
+        life.commit()
+        life.advance(100.0)
+    life.advance(4 * DAY_S)
+    assert life.is_idle
+    life.assert_few_objects()
 
 
 def test_an_idle_replica_is_left_alone(tmp_path: Path) -> None:

@@ -170,7 +170,11 @@ class Life:
         for txid in txids:
             assert plan(listing, txid=txid).max_txid == txid
         for txid in self.rng.sample(txids, min(samples, len(txids))):
-            assert self._restore(txid=txid) == self._bytes(self.states[txid - 1])
+            self.assert_restores(txid)
+
+    def assert_restores(self, txid: int) -> None:
+        """A restore of exactly that state gives it."""
+        assert self._restore(txid=txid) == self._bytes(self.states[txid - 1])
 
     def assert_times_are_there(self, samples: int) -> None:
         """Each time within the retention leads to the state then, to within level 1's interval."""
