@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from support.databases import Database
+import pytest
+
+from support.databases import WAIT_S, Database, Stores
+from walship.replica.fence import LEASE_KEY, parse_lease
 from walship.replica.listing import list_replica
 
 
@@ -47,3 +52,42 @@ def test_no_levels_no_requests(tmp_path: Path) -> None:
             database.sync()
     assert {s.level for s in list_replica(database.store())} == {0}
     database.assert_replica_equals_file()
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not holds():
+        assert time.monotonic() < deadline, "it never happens"
+        time.sleep(0.01)
+
+
+def test_nothing_waits_for_a_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that hangs holds up no commit, no sync, no checkpoint and no close; and once the lease
+    was given up it is not taken back for it."""
+    stores = Stores(monkeypatch)
+    stores.block(("copy",))
+    database = Database(tmp_path, levels=["1s"], snapshot_interval=0)
+    with database.opened() as connection:
+        connection.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, pad BLOB)")
+        for _ in range(12):
+            connection.execute("INSERT INTO t (pad) VALUES (randomblob(500))")
+            database.sync()
+        wait_until(lambda: stores.last.waiting == 1)
+        for _ in range(12):
+            connection.execute("INSERT INTO t (pad) VALUES (randomblob(500))")
+            database.sync()
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        connection.execute("INSERT INTO t (pad) VALUES (randomblob(500))")
+        requests = [t for t in threading.enumerate() if t.name == "walship:app.db:request"]
+    stores.release()
+    wait_until(lambda: not any(thread.is_alive() for thread in requests))
+    assert [s.level for s in list_replica(database.store()) if s.level] == [9]
+    lease = parse_lease(database.store().get(LEASE_KEY))
+    assert lease is not None
+    assert lease.owner == "", "the lease was taken back"
+    database.assert_replica_equals_file()
+    with database.opened() as connection:
+        connection.execute("INSERT INTO t (pad) VALUES (randomblob(500))")
+        database.sync()
+        wait_until(lambda: {0, 1, 9} == {s.level for s in list_replica(database.store())})
+        database.assert_replica_equals_now()
