@@ -23,7 +23,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -71,6 +71,9 @@ _READ_MAX_BYTES: Final = 8 * 1024 * 1024
 #: Waits after failures double from the first to the second, seconds.
 _BACKOFF_FIRST_S: Final = 1.0
 _BACKOFF_LONGEST_S: Final = 300.0
+#: The same after damage, for the level that it is in the way of.
+_DAMAGE_FIRST_S: Final = 30.0
+_DAMAGE_LONGEST_S: Final = 3600.0
 #: Keys in one request to delete.
 _DELETE_BATCH: Final = 1000
 
@@ -159,22 +162,32 @@ class Kept:
         except OSError:
             return None
 
-    def drop(self, segments: Sequence[SegmentInfo]) -> None:
-        """Let go of segments; those that are not here are passed over."""
-        self._drop([_kept_name(segment) for segment in segments])
+    def drop(self, segments: Sequence[SegmentInfo]) -> bool:
+        """Let go of segments, and say whether any was here."""
+        return self._drop([_kept_name(segment) for segment in segments])
 
-    def _drop(self, names: Sequence[str]) -> None:
+    def _drop(self, names: Sequence[str]) -> bool:
         with self._lock:
             sizes = {name: self._sizes.pop(name) for name in names if name in self._sizes}
             self._total -= sum(sizes.values())
         for name in sizes:
             with contextlib.suppress(OSError):
                 self._files.unlink(self._directory / name)
+        return bool(sizes)
 
 
 def _kept_name(segment: SegmentInfo) -> str:
     name = format_segment_name(segment.min_txid, segment.max_txid)
     return f"{segment.level}-{name}{_SUFFIX}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Damage:
+    """What is in the way of a level: when to try again, how often it was tried, what it is."""
+
+    retry_at: float
+    failures: int
+    text: str
 
 
 class Levels:
@@ -231,7 +244,9 @@ class Levels:
         self._active = False
         self._resting = False
         self._failures = 0
+        self._retry_at = -_NEVER
         self._told = ""
+        self._damaged: dict[int, _Damage] = {}
         self._can_copy = True
         self._conditional = True
 
@@ -251,12 +266,14 @@ class Levels:
         self._news.put(SegmentInfo(0, txid, txid, size_bytes, timestamp_ms, key))
         # A program that is opened for a moment at a time must clean up now and then.
         at_once = self._listing is None and txid % _SHORT_LIVES == 0
-        self._want(0.0 if at_once else self._until_merge_s())
+        wait_s = 0.0 if at_once else self._until_merge_s()
+        self._want(max(wait_s, self._retry_at - self._clock.monotonic()))
 
     def begin(self) -> None:
         """This process has become the one that uploads: forget what was known of the replica."""
         self._listing = None
         self._active = self._resting = False
+        self._damaged.clear()
         self.due = _NEVER
         self._kept.clear()
 
@@ -296,21 +313,26 @@ class Levels:
             return
         except (StoreError, FormatError, RestoreError, OSError) as error:
             wait_s = self._failed(error)
+            self._retry_at = self._clock.monotonic() + wait_s
         else:
-            self._failures, self._told = 0, ""
+            self._failures, self._told, self._retry_at = 0, "", -_NEVER
         self._want(wait_s)
 
     def _step(self) -> float:
+        now = self._clock.monotonic()
+        if any(damage.retry_at <= now for damage in self._damaged.values()):
+            self._listing = None  # somebody may have mended it
         listing = self._current()
         if listing is None:
             return _NEVER
         now_ms = self._clock.now_ms()
-        damage = self._merge_all(listing, now_ms)
+        self._merge_all(listing, now_ms)
         self._delete_expired(listing, now_ms)
-        if damage is not None:
-            raise damage
         due_ms = next_due_ms(listing, self._settings, now_ms)
-        return _NEVER if due_ms is None else max(0.0, (due_ms - self._clock.now_ms()) / 1000)
+        waits_s = [damage.retry_at - now for damage in self._damaged.values()]
+        if due_ms is not None:
+            waits_s.append((due_ms - self._clock.now_ms()) / 1000)
+        return max(0.0, min(waits_s, default=_NEVER))
 
     def _may_go_on(self) -> None:
         """Raise if nothing should be changed any more."""
@@ -364,24 +386,39 @@ class Levels:
 
     # -- merging ------------------------------------------------------------------------------
 
-    def _merge_all(self, listing: Listing, now_ms: int) -> FormatError | RestoreError | None:
-        """Merge what is due; returns the first damage that is in the way of some of it.
-
-        What is damaged is in nobody's way but its own level's, and then those above.
-        """
-        damage: FormatError | RestoreError | None = None
+    def _merge_all(self, listing: Listing, now_ms: int) -> None:
+        """Merge what is due.  What is damaged is in nobody's way but its own level's, and then
+        those above."""
         for level in (*self._settings.levels, LEVEL_SNAPSHOT):
             interval_ms = self._settings.interval_ms(level)
             if not interval_ms or not is_due(interval_ms, self._last_ms.get(level), now_ms):
+                continue
+            damage = self._damaged.get(level)
+            if damage is not None and self._clock.monotonic() < damage.retry_at:
                 continue
             try:
                 for compaction in self._due_in(listing, level, now_ms):
                     self._carry_out(listing, compaction)
             except (FormatError, RestoreError) as error:
-                damage = damage or error
+                self._note_damage(level, str(error))
             else:
                 self._last_ms[level] = now_ms
-        return damage
+                self._damaged.pop(level, None)
+
+    def _note_damage(self, level: int, text: str) -> None:
+        """Leave a level alone for a while; said once."""
+        before = self._damaged.get(level)
+        failures = 1 if before is None else before.failures + 1
+        wait_s = min(_DAMAGE_LONGEST_S, _DAMAGE_FIRST_S * 2.0 ** min(failures - 1, 10))
+        self._damaged[level] = _Damage(self._clock.monotonic() + wait_s, failures, text)
+        if before is None or before.text != text:
+            log.warning(
+                "%s: what goes into level %d of the replica cannot be merged: %s (what is newer "
+                "stays as it is; `walship reset` makes a full copy)",
+                self._name,
+                level,
+                text,
+            )
 
     def _due_in(self, listing: Listing, level: int, now_ms: int) -> Sequence[Compaction]:
         if level != LEVEL_SNAPSHOT:
@@ -435,7 +472,8 @@ class Levels:
                 sha256 = self._merge_into(path, compaction, self._kept)
             except FormatError:
                 # What is kept here may have been damaged by a crash of the system.
-                self._kept.drop(compaction.inputs)
+                if not self._kept.drop(compaction.inputs):
+                    raise
                 sha256 = self._merge_into(path, compaction, None)
             self._may_go_on()
             key = self._key(compaction)

@@ -159,6 +159,37 @@ def test_merging_makes_nothing_worse(name: str, life: Life, tmp_path: Path) -> N
         assert before != head or after == head + 12, f"{key}: what is new cannot be reached"
 
 
+def test_damage_is_said_once_and_seldom_tried_again(
+    life: Life, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its level waits; the others go on, and nothing is read again at each interval."""
+    damaged = Life(tmp_path, SETTINGS, seed=4)
+    damaged.clock.advance(life.clock.monotonic() - damaged.clock.monotonic())
+    damaged.objects.update(life.objects)
+    damaged.states = list(life.states)
+    newest = max(key for key in life.objects if key.startswith(life.store.level_prefix(0)))
+    damaged.objects[newest] = DAMAGES["bit in a page"](life.objects, newest) or life.objects[newest]
+    reads = 0
+    get = damaged.store.get
+
+    def counted(key: str, start: int = 0, length: int | None = None) -> bytes:
+        nonlocal reads
+        reads += key == newest
+        return get(key, start, length)
+
+    damaged.store.get = counted  # type: ignore[method-assign]
+    for _ in range(400):
+        damaged.commit()
+        damaged.advance(10.0)
+    said = [r.getMessage() for r in caplog.records if "into level 1" in r.getMessage()]
+    assert len(said) == 1
+    assert newest in said[0]
+    # Level 1 and the snapshot: after 30 s, 60 s, ... of 4000 s, which hold 400 intervals.
+    assert 2 <= reads <= 40
+    expected = {s.max_txid for s in damaged.listing() if s.level == 0}
+    assert set(range(life.states[-1].txid, len(damaged.states) + 1)) <= expected
+
+
 def _reached(life: Life, directory: Path) -> int:
     """The newest TXID that a restore leads to; 0 without any."""
     listing = list_replica(life.store)
