@@ -49,6 +49,7 @@ TOPICS = (
     "outage",
     "takeover",
     "resync",
+    "levels",
 )
 
 #: In RESULTS.md everything behind this line is generated.

@@ -477,6 +477,80 @@ def resync(job: Job) -> Job:
     return {"seconds": seconds}
 
 
+def levels(job: Job) -> Job:
+    """Commits at a steady rate, while the engine is idle otherwise and while it merges without end.
+
+    What was merged is taken from the log, by level: bytes read, seconds.
+    """
+    import logging
+
+    merged: dict[int, list[tuple[int, float]]] = {}
+
+    class Merged(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno == logging.DEBUG and isinstance(record.args, tuple):
+                _, level, n_segments, size, _, _, seconds = record.args
+                if n_segments > 1:  # one is copied
+                    merged.setdefault(level, []).append((size, seconds))
+
+    logger = logging.getLogger("walship.levels")
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(Merged())
+    make_database(job["path"], job["bytes"])
+    off = {"levels": [], "snapshot_interval": 0}
+    on = {"levels": ["1s"], "snapshot_interval": "1s", "snapshot_retention": "1s"}
+    results: Job = {}
+    for name, settings in (("idle", off), ("merging", on)):
+        db = open_database({**job, "settings": settings})
+        sync(job, db)
+        if name == "idle":
+            _grow_segments(job, db)
+            handshake()
+        else:
+            time.sleep(1.0)
+        before_mb = high_water_kb() / 1024
+        times = sorted(_paced(db, job["seconds"], job["rate"]))
+        results[f"{name}_p50_us"] = percentile(times, 0.5) * 1e6
+        results[f"{name}_p999_us"] = percentile(times, 0.999) * 1e6
+        results[f"{name}_max_ms"] = times[-1] * 1e3
+        results[f"{name}_mb"] = high_water_kb() / 1024 - before_mb
+        db.close()
+    for level, found in merged.items():
+        seconds = sum(each[1] for each in found)
+        results[f"level_{level}_mb_per_s"] = sum(each[0] for each in found) / 1e6 / seconds
+        results[f"level_{level}_n"] = len(found)
+    return results
+
+
+def _grow_segments(job: Job, db: apsw.Connection) -> None:
+    """Segments of a megabyte with changes all over the database."""
+    rows: int = db.execute("select max(id) from t").get
+    rng = random.Random(6)
+    for _ in range(job["segments"]):
+        db.execute("begin")
+        for _ in range(250):
+            db.execute(
+                "update t set b = ? where id = ?", (rng.randbytes(3200), rng.randrange(1, rows + 1))
+            )
+        db.execute("commit")
+        sync(job, db)
+
+
+def _paced(db: apsw.Connection, seconds: float, rate: float) -> list[float]:
+    times = []
+    due = time.perf_counter()
+    end = due + seconds
+    number = 0
+    while due < end:
+        due += 1 / rate
+        time.sleep(max(0.0, due - time.perf_counter()))
+        number += 1
+        before = time.perf_counter()
+        db.execute("update t set b = randomblob(100) where id = ?", (number % 1000 + 1,))
+        times.append(time.perf_counter() - before)
+    return times
+
+
 def foreign(job: Job) -> Job:
     """Row changes by a program that knows nothing of replication, and a checkpoint of its own."""
     db = open_database(job)
@@ -701,6 +775,7 @@ TASKS: dict[str, Callable[[Job], Job]] = {
         outage,
         take_over,
         resync,
+        levels,
         foreign,
         bulk,
         build,

@@ -18,6 +18,7 @@ from typing import Final
 
 from .capture import Capture, TailLost
 from .clock import Clock
+from .compaction import Levels
 from .continuity import CATCHING_UP, reconcile
 from .election import InUseError
 from .errors import (
@@ -184,16 +185,29 @@ class Engine:
                 "(meta-path puts the directory elsewhere)"
             ) from error
         self._peers = Peers(spool.files, spool.directory, pipe, self._handle)
+        levels = Levels(
+            self.name,
+            store,
+            clock,
+            settings.levels,
+            directory=spool.directory,
+            files=spool.files,
+            prove=self.fence.prove,
+            acked_txid=lambda: self.capture.state.acked_txid,
+            encoding=PageEncoding(settings.page_encoding),
+            is_stopping=lambda: self.uploader.is_stopping(),
+        )
         self.uploader = Uploader(
             self.name,
             self.capture,
             clock,
             locks=spool.locks,
             peers=self._peers,
-            sender=Sender(self.name, self.capture, store, self.fence, clock),
-            # One more, so that a renewal of the lease need not wait for a segment.
-            requests=RequestThreads(self.name, in_flight + 1),
+            sender=Sender(self.name, self.capture, store, self.fence, clock, levels.sent),
+            # Two more, so that neither a renewal of the lease nor a merge is in the way.
+            requests=RequestThreads(self.name, in_flight + 2),
             fence=self.fence,
+            levels=levels,
             reconcile=self._reconcile,
             is_reconciled=self._is_reconciled,
             sync_interval_s=settings.replica.sync_interval_s,

@@ -453,6 +453,15 @@ class Fence:
             if self._age() >= self._lease_s:
                 self._renew_in_turn()
 
+    def prove(self) -> None:
+        """Be the writer, beyond doubt, or raise: before anything of the replica is removed.
+
+        Raises:
+            FencedError, StoreError: as `renew`.
+        """
+        if not self.holds():
+            self.renew()
+
     def _renew_in_turn(self) -> None:
         for _ in range(_RACES):
             if self._renew():

@@ -25,7 +25,16 @@ from .store.base import ObjectStore, SegmentInfo
 from .store.timestamps import parse_timestamp
 from .values import nearest
 
-__all__ = ["Mark", "check_label", "find_mark", "list_marks", "pinned", "put_mark", "remove_mark"]
+__all__ = [
+    "KnownMarks",
+    "Mark",
+    "check_label",
+    "find_mark",
+    "list_marks",
+    "pinned",
+    "put_mark",
+    "remove_mark",
+]
 
 log = logging.getLogger("walship.marks")
 
@@ -51,6 +60,10 @@ class Mark:
     label: str
     txid: int
     time_ms: int
+
+
+#: Marks by their objects' keys, tags and times; None for what cannot be read.
+KnownMarks = dict[tuple[str, str | None, int], Mark | None]
 
 
 def check_label(label: str) -> None:
@@ -114,16 +127,34 @@ def find_mark(store: ObjectStore, label: str) -> Mark:
     raise ConfigError(f"there is no mark {label!r} in {store.url}{_others(label, labels)}")
 
 
-def list_marks(store: ObjectStore) -> list[Mark]:
-    """All marks, by TXID and label; those that cannot be read are left out, and the log says so."""
-    found: list[Mark] = []
-    for label in _labels(store):
+def list_marks(store: ObjectStore, known: KnownMarks | None = None) -> list[Mark]:
+    """All marks, by TXID and label; those that cannot be read are left out, and the log says so.
+
+    Args:
+        known: what earlier calls found, which need not be read again; brought up to date.
+    """
+    before = {} if known is None else dict(known)
+    after: KnownMarks = {}
+    for info in store.list(_PREFIX):
+        label = _label_of(info.key)
+        if label is None:
+            continue
+        version = info.key, info.etag, info.modified_ms
         try:
-            found.append(_parse(store.get(_key(label), 0, _SIZE_MAX), label))
+            after[version] = (
+                before[version]
+                if version in before
+                else _parse(store.get(info.key, 0, _SIZE_MAX), label)
+            )
         except ObjectNotFound:
             continue  # removed since the listing
         except FormatError as error:
+            after[version] = None
             log.warning("%s: %s", store.url, error)
+    if known is not None:
+        known.clear()
+        known.update(after)
+    found = [mark for mark in after.values() if mark is not None]
     return sorted(found, key=lambda mark: (mark.txid, mark.label))
 
 
@@ -158,9 +189,14 @@ def _key(label: str) -> str:
 
 
 def _labels(store: ObjectStore) -> list[str]:
-    names = (info.key.removeprefix(_PREFIX) for info in store.list(_PREFIX))
-    labels = (name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX))
-    return [label for label in labels if _LABEL.fullmatch(label)]
+    labels = (_label_of(info.key) for info in store.list(_PREFIX))
+    return [label for label in labels if label is not None]
+
+
+def _label_of(key: str) -> str | None:
+    """None if it is not the key of a mark."""
+    label = key.removeprefix(_PREFIX).removesuffix(_SUFFIX)
+    return label if key == _key(label) and _LABEL.fullmatch(label) else None
 
 
 def _others(label: str, labels: list[str]) -> str:

@@ -101,16 +101,24 @@ class Sender:
         capture: has the frozen bytes.
         store: where they go; one attempt a call.
         fence: whose lease they are sent under.
+        sent: called with the TXID and the bytes of a segment that the replica has.
     """
 
     def __init__(
-        self, name: str, capture: Capture, store: ObjectStore, fence: Fence, clock: Clock
+        self,
+        name: str,
+        capture: Capture,
+        store: ObjectStore,
+        fence: Fence,
+        clock: Clock,
+        sent: Callable[[int, bytes | Path], None] = lambda txid, body: None,
     ) -> None:
         self._name = name
         self._capture = capture
         self._store = store
         self._fence = fence
         self._clock = clock
+        self._sent = sent
         self._conditional = True
 
     def send(self, sealed: Sealed) -> float | None:
@@ -130,6 +138,11 @@ class Sender:
                 f"the spool holds other bytes than were sealed as {sealed.txid:016x}"
             )
         self._fence.ensure()
+        began = self._create(sealed, body)
+        self._sent(sealed.txid, body)
+        return began
+
+    def _create(self, sealed: Sealed, body: bytes | Path) -> float | None:
         found: ObjectInfo | None = None
         for _ in range(_RACES):
             try:

@@ -11,12 +11,17 @@ import binascii
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
 from walship.replica.errors import ConfigError
 from walship.replica.format.types import is_page_size
+from walship.replica.level_settings import (
+    LEVEL_KEYS,
+    LevelSettings,
+    level_settings,
+)
 from walship.replica.store.settings import (
     DEFAULT_PART_SIZE,
     LocalSettings,
@@ -63,6 +68,7 @@ _log = logging.getLogger(__name__)
 
 _MIB: Final = 1024 * 1024
 _MAX_PART_SIZE: Final = 5 * 1024 * _MIB  # S3's own limit
+
 
 Parser = Callable[[str, object], object]
 
@@ -139,6 +145,7 @@ DATABASE_KEYS: Final[Mapping[str, Parser]] = {
     "on-fenced": parse_choice("refuse", "local"),
     "validation": _parse_validation,
     "validation-interval": parse_duration,
+    **LEVEL_KEYS,
 }
 
 #: Of Litestream's other types of replica; some stand at a file's top level, as defaults.
@@ -157,22 +164,16 @@ WITHOUT_EFFECT: Final[Mapping[str, str]] = {
     "checkpoint-interval": "SQLite checkpoints by itself, and nothing holds it back",
     "heartbeat-interval": "not yet",
     "heartbeat-url": "not yet",
-    "l0-retention": "not yet: segments are neither compacted nor removed",
-    "l0-retention-check-interval": "not yet: segments are neither compacted nor removed",
-    "levels": "not yet: segments are neither compacted nor removed",
     "max-checkpoint-page-count": "checkpoints that block readers are not used",
     "max-sync-ltx-files": "pending segments are merged before they are sent",
     "mcp-addr": "there is no MCP server",
     "monitor-interval": "commits are seen as they happen",
     "name": "a database has one replica",
-    "retention": "not yet: segments are neither compacted nor removed",
-    "retention-check-interval": "not yet: segments are neither compacted nor removed",
+    "retention-check-interval": "snapshots are removed as soon as they may be",
     "shutdown-sync-interval": "failed uploads are repeated with growing pauses",
-    "snapshot": "not yet: segments are neither compacted nor removed",
-    "snapshot-interval": "not yet: segments are neither compacted nor removed",
     "sse-customer-key-md5": "the digest is computed from the key",
     "truncate-page-n": "SQLite checkpoints by itself, and nothing holds it back",
-    "verify-compaction": "not yet: segments are neither compacted nor removed",
+    "verify-compaction": "inputs and results are always verified",
     **dict.fromkeys(_OF_OTHER_TYPES, "of a type of replica that is not supported"),
 }
 
@@ -232,6 +233,7 @@ class DatabaseSettings:
             happen here without a replica.
         validation_interval_s: how often the replica is restored for trial and compared with the
             database, in the background, seconds; 0: never.
+        levels: how segments are merged, how often snapshots are made, how long all is kept.
     """
 
     path: Path
@@ -256,6 +258,7 @@ class DatabaseSettings:
     fence_lease_s: float = 30.0
     on_fenced: Literal["refuse", "local"] = "refuse"
     validation_interval_s: float = 0.0
+    levels: LevelSettings = field(default_factory=LevelSettings)
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -534,9 +537,9 @@ def make_database(
     path: str, replica: ReplicaSettings | None, values: Mapping[str, object]
 ) -> DatabaseSettings:
     file = database_path(path)
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"levels": level_settings(values)}
     for name, value in values.items():
-        if name == "meta-path":
+        if name == "meta-path" or name in LEVEL_KEYS:
             continue
         attribute = name.replace("-", "_")
         if DATABASE_KEYS[name] is parse_duration:

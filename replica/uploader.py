@@ -29,6 +29,7 @@ from typing import Final, Protocol
 
 from .capture import Capture
 from .clock import Clock
+from .compaction import Levels
 from .election import Locks
 from .errors import ClosedError, ContinuityError, ReplicaError, StoreError
 from .fence import Fence
@@ -66,6 +67,8 @@ _JOIN_S: Final = 0.5
 MERGE_PIECES: Final = 64
 #: While there is something to send, how often an older object is looked at: is it still ours?
 _LOOK_BACK_S: Final = 15.0
+#: In the place of a TXID: the merging and cleaning up of the replica.
+_TENDING: Final = -2
 
 
 class Reconcile(Protocol):
@@ -88,7 +91,7 @@ class _Slot:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """What a request came to; ``txid`` 0 is not about a segment but about the fence."""
+    """What a request came to; ``txid`` 0 is about the fence, a negative one about old segments."""
 
     txid: int
     error: ReplicaError | None
@@ -116,6 +119,7 @@ class Uploader:
         sender: puts segments; one attempt a call.
         requests: where it does so.
         fence: whether what was sent may be acknowledged.
+        levels: merges and cleans up what was acknowledged, where requests are carried out.
         reconcile: run before the first segment is frozen, until it passes; takes the lease too.
         is_reconciled: whether some process has done so, for those that do not lead.
         sync_interval_s: least time between the starts of two uploads under load, seconds.
@@ -137,6 +141,7 @@ class Uploader:
         sender: Sender,
         requests: Requests,
         fence: Fence,
+        levels: Levels,
         reconcile: Reconcile,
         is_reconciled: Callable[[], bool],
         sync_interval_s: float,
@@ -154,6 +159,7 @@ class Uploader:
         self._sender = sender
         self._requests = requests
         self._fence = fence
+        self._levels = levels
         self._reconcile = reconcile
         self._is_reconciled = is_reconciled
         self._sync_interval_s = sync_interval_s
@@ -186,6 +192,7 @@ class Uploader:
         self._down_since: float | None = None
         self._told: str | None = None
         self._renewing = False
+        self._tending = False
         self._last_look = float("-inf")
         self._newest_acked: Sealed | None = None
         self._asked_ticket = 0
@@ -241,6 +248,7 @@ class Uploader:
     def release_lease(self) -> Future[None]:
         """Give the lease up, after everything was shipped; done when the store has answered."""
         future: Future[None] = Future()
+        self._levels.rest()
 
         def release() -> None:
             self._fence.release()
@@ -386,6 +394,7 @@ class Uploader:
             now = self._clock.monotonic()
         self._acknowledge()
         self._send_waiting()
+        self._tend(now)
         if len(self._slots) >= self._max_in_flight:
             self._merge_if_many()
             return TICK_S
@@ -448,6 +457,8 @@ class Uploader:
             self._give_up(error, everywhere=False)
             return False
         self._slots.clear()
+        if not self._tending:
+            self._levels.begin()
         self._covered_ticket = -1
         self._leading = True
         with self._changed:
@@ -574,6 +585,12 @@ class Uploader:
             self._renewing = True
             self._request(0, self._fence.renew)
 
+    def _tend(self, now: float) -> None:
+        """Have merged and cleaned up what is due."""
+        if not self._tending and now >= self._levels.due:
+            self._tending = True
+            self._request(_TENDING, self._levels.step)
+
     def _look_back(self) -> None:
         """While there is traffic: is what was acknowledged a while ago still what we put there?"""
         now = self._clock.monotonic()
@@ -592,6 +609,8 @@ class Uploader:
                 break
             if outcome.txid == 0:
                 self._renewing = False
+            elif outcome.txid == _TENDING:
+                self._tending = False
             slot = self._slots.get(outcome.txid)
             if slot is not None:
                 slot.in_flight = False
@@ -624,6 +643,7 @@ class Uploader:
             if slot.began is not None:
                 self._fence.created(slot.began)
             acked = slot.sealed
+            self._levels.acknowledged(txid, acked.size_bytes, acked.timestamp_ms)
             del self._slots[txid]
         if acked is None:
             return

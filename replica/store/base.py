@@ -132,6 +132,20 @@ class ObjectStore(Protocol):
             StoreError: anything else; ``ambiguous`` says whether the object may exist now.
         """
 
+    def copy(self, source: str, target: str) -> ObjectInfo:
+        """Create or replace an object with what another one holds, times and metadata included.
+
+        The content does not pass through this host: a copy within the server, a second name in a
+        directory.
+
+        Returns:
+            The new object; ``modified_ms`` is storage time, as in listings.
+
+        Raises:
+            ObjectNotFound: no such source.
+            StoreError: anything else; code "NotImplemented" where the store cannot copy.
+        """
+
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         """Read ``length`` bytes from ``start`` (to the end without a length; fewer at the end).
 

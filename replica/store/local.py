@@ -323,6 +323,28 @@ class LocalStore:
                 ) from error
             raise self._error("write", key, error) from error
 
+    def copy(self, source: str, target: str) -> ObjectInfo:
+        original, path = self._path(source), self._path(target)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}-{next(_serial)}{_TEMPORARY}")
+        try:
+            status = original.stat()
+            make_directories(path.parent)
+            try:
+                os.link(original, temporary)
+            except OSError as error:
+                if error.errno not in _NO_HARD_LINKS:
+                    raise
+                modified_ms = status.st_mtime_ns // 1_000_000
+                return _info(target, _write_file(path, original, mtime_ms=modified_ms))
+            temporary.replace(path)
+            temporary.unlink(missing_ok=True)  # a rename of a file onto itself leaves both names
+            fsync_directory(path.parent)
+            return _info(target, status)
+        except FileNotFoundError as error:
+            raise self._error("read", source, error) from error
+        except OSError as error:
+            raise self._error("write", target, error) from error
+
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         path = self._path(key)
         try:

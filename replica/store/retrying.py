@@ -114,6 +114,9 @@ class RetryingStore:
                     error.ambiguous = ambiguous
                     raise
 
+    def copy(self, source: str, target: str) -> ObjectInfo:
+        return self._repeat(f"copy {source}", lambda: self._store.copy(source, target))
+
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         return self._repeat(f"get {key}", lambda: self._store.get(key, start, length))
 

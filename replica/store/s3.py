@@ -65,9 +65,13 @@ _log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
+#: Sends one part: client, key's name, upload, part number, range of bytes; returns its tag.
+_SendPart = Callable[["S3Client", str, str, int, range], str]
+
 _DELETE_BATCH: Final = 1000  # what one DeleteObjects takes
 _MAX_PARTS: Final = 10_000  # what one multipart upload takes
 _MIB: Final = 1024 * 1024
+_COPY_PART_BYTES: Final = 512 * _MIB  # one request must not take longer than the time-out
 _PART_PAUSES_S: Final = (0.2, 0.5, 1.0)  # before the 2nd, 3rd and 4th attempt at a part
 #: What stands before the level in keys at a bucket's top: ours, and two of Litestream's.
 _TOP_FORMS: Final = ("", "/", "./")
@@ -225,7 +229,21 @@ class S3Store:
         if entries:
             extra["Metadata"] = entries
         if size > self._settings.part_size:
-            etag, date_ms = self._put_parts(action, key, body, size, extra, condition)
+
+            def send(client: S3Client, name: str, upload_id: str, number: int, part: range) -> str:
+                answer = client.upload_part(
+                    Bucket=self._bucket,
+                    Key=name,
+                    UploadId=upload_id,
+                    PartNumber=number,
+                    Body=_part(body, part.start, len(part)),
+                    **self._read_args,
+                )
+                etag: str = _need(answer, "ETag")
+                return etag
+
+            part_size = self._settings.part_size
+            etag, date_ms = self._put_parts(action, key, size, part_size, send, extra, condition)
         else:
             etag, date_ms = self._call(
                 action,
@@ -243,6 +261,33 @@ class S3Store:
         if date_ms is None:
             date_ms = self._clock.now_ms()
         return ObjectInfo(key, size, date_ms, etag, entries)
+
+    def copy(self, source: str, target: str) -> ObjectInfo:
+        original = self.head(source)
+        extra: dict[str, Any] = dict(self._write_args)
+        if self._settings.sse_customer_key is not None:
+            for name, value in self._read_args.items():
+                extra[f"CopySource{name}"] = value
+        origin = {"Bucket": self._bucket, "Key": self._find_root() + source}
+        if original.size_bytes > _COPY_PART_BYTES:
+            etag, date_ms = self._copy_parts(original, origin, target)
+        else:
+            etag, date_ms = self._call(
+                "write",
+                target,
+                lambda client, name: _copied(
+                    client.copy_object(
+                        Bucket=self._bucket,
+                        Key=name,
+                        CopySource=cast("Any", origin),
+                        MetadataDirective="COPY",
+                        **extra,
+                    )
+                ),
+            )
+        if date_ms is None:
+            date_ms = self._clock.now_ms()
+        return ObjectInfo(target, original.size_bytes, date_ms, etag, original.metadata)
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         if length is not None and length <= 0:
@@ -365,12 +410,38 @@ class S3Store:
 
     # --- multipart --------------------------------------------------------------------------------
 
+    def _copy_parts(
+        self, original: ObjectInfo, origin: Mapping[str, str], target: str
+    ) -> tuple[str, int | None]:
+        """Copy an object that is too large for one request."""
+        source_args = {f"CopySource{name}": value for name, value in self._read_args.items()}
+
+        def send(client: S3Client, name: str, upload_id: str, number: int, part: range) -> str:
+            answer = client.upload_part_copy(
+                Bucket=self._bucket,
+                Key=name,
+                UploadId=upload_id,
+                PartNumber=number,
+                CopySource=cast("Any", origin),
+                CopySourceRange=f"bytes={part.start}-{part.stop - 1}",
+                **source_args,
+                **self._read_args,
+            )
+            etag: str = _need(_need(answer, "CopyPartResult"), "ETag")
+            return etag
+
+        extra = {**self._write_args, "Metadata": dict(original.metadata)}
+        return self._put_parts(
+            "write", target, original.size_bytes, _COPY_PART_BYTES, send, extra, {}
+        )
+
     def _put_parts(
         self,
         action: str,
         key: str,
-        body: Body,
         size: int,
+        part_size: int,
+        send: _SendPart,
         extra: dict[str, Any],
         condition: dict[str, Any],
     ) -> tuple[str, int | None]:
@@ -382,7 +453,7 @@ class S3Store:
             ),
         )
         try:
-            parts = self._send_parts(key, body, size, upload_id)
+            parts = self._send_parts(key, size, part_size, send, upload_id)
             return self._complete(action, key, upload_id, parts, condition)
         except BaseException:
             # Unfinished parts cost money until somebody aborts them; a completed upload no longer
@@ -401,24 +472,17 @@ class S3Store:
             raise
 
     def _send_parts(
-        self, key: str, body: Body, size: int, upload_id: str
+        self, key: str, size: int, part_size: int, send_part: _SendPart, upload_id: str
     ) -> Sequence[CompletedPartTypeDef]:
-        part_size = max(self._settings.part_size, -(-size // (_MAX_PARTS * _MIB)) * _MIB)
+        part_size = max(part_size, -(-size // (_MAX_PARTS * _MIB)) * _MIB)
         count = -(-size // part_size)
 
         def send(index: int) -> CompletedPartTypeDef:
-            start = index * part_size
+            part = range(index * part_size, min(size, (index + 1) * part_size))
 
             def once(client: S3Client, name: str) -> CompletedPartTypeDef:
-                answer = client.upload_part(
-                    Bucket=self._bucket,
-                    Key=name,
-                    UploadId=upload_id,
-                    PartNumber=index + 1,
-                    Body=_part(body, start, min(part_size, size - start)),
-                    **self._read_args,
-                )
-                return {"PartNumber": index + 1, "ETag": _need(answer, "ETag")}
+                etag = send_part(client, name, upload_id, index + 1, part)
+                return {"PartNumber": index + 1, "ETag": etag}
 
             with self._part_slots:
                 return self._persist(lambda: self._call("upload", key, once))
@@ -836,6 +900,11 @@ def _need_etag(answer: Mapping[str, Any]) -> str:
 def _stored(answer: Mapping[str, Any]) -> tuple[str, int | None]:
     """Tag of what was stored, which proves that an object store answered; and the server's time."""
     return _need_etag(answer), _date_ms(answer)
+
+
+def _copied(answer: Mapping[str, Any]) -> tuple[str, int | None]:
+    """As `_stored`, of a copy: its answer begins before it is done, so only a tag means success."""
+    return _need_etag(_need(answer, "CopyObjectResult")), _date_ms(answer)
 
 
 _CONTENT_RANGE: Final = re.compile(r"bytes (\d+)-(\d+)/(\d+)")

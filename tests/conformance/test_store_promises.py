@@ -392,6 +392,33 @@ def test_delete(store: ObjectStore) -> None:
         store.get("0000/a")
 
 
+@pytest.mark.parametrize("size", [0, 5, 12 * MIB + 3])
+def test_copy(store: ObjectStore, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Content, logical time and metadata are copied, also in parts; the target may exist."""
+    monkeypatch.setattr("walship.replica.store.s3._COPY_PART_BYTES", 5 * MIB)
+    body = os.urandom(size)
+    store.put("0000/a", body, timestamp_ms=1_700_000_000_123, metadata={"x-mark": "seven"})
+    store.put("0009/b", b"something else")
+    for _ in range(2):
+        copied = store.copy("0000/a", "0009/b")
+        assert (copied.key, copied.size_bytes) == ("0009/b", size)
+    source, target = store.head("0000/a"), store.head("0009/b")
+    assert store.get("0009/b") == store.get("0000/a") == body
+    assert target.metadata == source.metadata
+    if store.logical_times:
+        assert target.modified_ms == source.modified_ms == 1_700_000_000_123
+    store.delete(["0000/a"])
+    assert store.get("0009/b") == body
+    assert keys(store) == ["0009/b"]
+
+
+def test_copy_of_nothing(store: ObjectStore) -> None:
+    """No source, no target."""
+    with pytest.raises(ObjectNotFound):
+        store.copy("0000/a", "0009/b")
+    assert keys(store) == []
+
+
 def test_created_again_after_delete(store: ObjectStore) -> None:
     """A deleted key can be created again."""
     store.put("0000/x", b"1", if_absent=True)

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -141,6 +141,14 @@ class Bucket:
             raise ObjectNotFound(f"no object {key}", code="NoSuchKey")
         return found
 
+    def copy(self, source: str, target: str) -> ObjectInfo:
+        found = self.get(source)
+        modified_ms = found.modified_ms if self.directory else self.now_ms() // 1000 * 1000
+        self.objects[target] = replace(found, modified_ms=modified_ms)
+        self.everything[target] = self.everything[source]
+        self.runtime.note("lands", target, "a copy of", source)
+        return ObjectInfo(target, len(found.body), modified_ms, found.etag, found.metadata)
+
     def delete(self, keys: Sequence[str]) -> None:
         for key in keys:
             if self.objects.pop(key, None) is not None:
@@ -211,6 +219,11 @@ class Client:
 
         conditional = if_absent or if_match is not None
         return self._request("put", key, effect, changes=True, conditional=conditional)
+
+    def copy(self, source: str, target: str) -> ObjectInfo:
+        return self._request(
+            "copy", target, lambda: self._bucket.copy(source, target), changes=True
+        )
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         def effect() -> bytes:

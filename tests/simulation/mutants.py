@@ -10,8 +10,10 @@ import pytest
 
 from walship.replica import capture
 from walship.replica.capture import Capture
+from walship.replica.compaction import Levels
 from walship.replica.fence import Fence
 from walship.replica.frames import WalReader
+from walship.replica.levels import Listing
 from walship.replica.sender import Sender
 from walship.replica.sqlite import Published, SqlitePort
 from walship.replica.uploader import Uploader
@@ -139,6 +141,17 @@ def forget_the_gate(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Capture, "_rest_of_wal", lambda *arguments: None)
 
 
+def merge_what_is_not_acknowledged(patch: pytest.MonkeyPatch) -> None:
+    """Whatever lies in level 0 is merged."""
+    real = Levels._list
+
+    def list_all(self: Levels) -> Listing:
+        patch.setattr(self, "_acked_txid", lambda: 1 << 62)
+        return real(self)
+
+    patch.setattr(Levels, "_list", list_all)
+
+
 @dataclass(frozen=True)
 class Mutant:
     """A fault, and where it shows.
@@ -174,6 +187,12 @@ def _twins(profile: Profile) -> None:
     profile.weather = Weather(lost=0.25, timeout_s=3.0)
 
 
+def _merging_twins(profile: Profile) -> None:
+    """All that was sent is merged soon."""
+    _twins(profile)
+    profile.level_s, profile.snapshot_s, profile.lease_s = 1.0, 10.0, 5.0
+
+
 MUTANTS = {
     mutant.install.__name__: mutant
     for mutant in (
@@ -187,5 +206,6 @@ MUTANTS = {
         Mutant(replace_unchecked, "clones"),
         Mutant(ignore_the_chain, "clones", _twins),
         Mutant(forget_the_gate, "alone"),
+        Mutant(merge_what_is_not_acknowledged, "clones", _merging_twins),
     )
 }

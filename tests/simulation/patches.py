@@ -21,6 +21,7 @@ __all__ = ["installed"]
 _THREADING = (
     "walship.replica.uploader",
     "walship.replica.sender",
+    "walship.replica.compaction",
     "walship.replica.peers",
     "walship.replica.waits",
     "walship.replica.fence",
@@ -31,7 +32,7 @@ _THREADING = (
     "walship.vfs.registry",
     "concurrent.futures._base",
 )
-_QUEUE = ("walship.replica.uploader", "walship.replica.sender")
+_QUEUE = ("walship.replica.uploader", "walship.replica.sender", "walship.replica.compaction")
 _EXECUTORS = (
     "walship.replica.restore",
     "walship.replica.apply",

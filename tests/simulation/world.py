@@ -37,11 +37,13 @@ from walship.replica.errors import (
 from walship.replica.fence import LEASE_KEY, Lease, parse_lease
 from walship.replica.format.ltx import Decoder, Encoder, Header
 from walship.replica.format.types import parse_segment_name
+from walship.replica.level_settings import LevelSettings
+from walship.replica.listing import list_replica
 from walship.replica.restore import restore
 from walship.replica.settings import DatabaseSettings, ReplicaSettings
 from walship.replica.spool import Sealed
 from walship.replica.sqlite import FencedError, NotYetReplicated, RefusedError, SpoolError
-from walship.replica.store.base import list_segments, segment_key
+from walship.replica.store.base import SegmentInfo, list_segments, segment_key
 from walship.replica.store.settings import LocalSettings, S3Settings
 
 from .bucket import Bucket, Client, Weather
@@ -70,6 +72,8 @@ class Profile:
         processes, threads: that use the database on each machine.
         ops: of each thread.
         chaos, pause_s: events, and the time between two, seconds.
+        level_s: interval of level 1; those of levels 2 and 3 are 3 and 9 times as long; seconds.
+        snapshot_s: interval and retention of snapshots, seconds.
     """
 
     theme: str = ""
@@ -94,6 +98,8 @@ class Profile:
     preempt: float = 0.0
     preempt_s: float = 0.0
     on_fenced: str = "refuse"
+    level_s: float = 30.0
+    snapshot_s: float = 86400.0
     weather: Weather = field(default_factory=Weather)
     events: tuple[str, ...] = ()
 
@@ -133,6 +139,9 @@ class Profile:
                 timeout_s=rng.choice((0.5, 2.0, 8.0, 30.0)),
             ),
         )
+        if rng.random() < 0.7:
+            drawn.level_s = rng.choice((1.0, 3.0, 10.0))
+            drawn.snapshot_s = rng.choice((0.0, 10.0, 60.0))
         THEMES[theme](drawn, rng)
         return drawn
 
@@ -625,6 +634,13 @@ class World:
             fence_lease_s=profile.lease_s,
             fence_wait_s=machine.wait_s,
             on_fenced=profile.on_fenced,  # type: ignore[arg-type]
+            levels=LevelSettings(
+                intervals_s=tuple(profile.level_s * factor for factor in (1, 3, 9)),
+                snapshot_interval_s=profile.snapshot_s,
+                snapshot_retention_s=profile.snapshot_s,
+                l0_retention_s=profile.lease_s,
+                l0_retention_check_interval_s=profile.level_s,
+            ),
         )
 
     def work(self, machine: Host, process: Process, connection: walship.Connection | None) -> None:
@@ -901,31 +917,34 @@ class World:
         Goes on where it stopped the last time, if what was applied then is still there.
         """
         store = Client(self.bucket)
-        snapshots = [info for info in list_segments(store, 9) if info.max_txid <= stop]
-        chosen = [
-            info for info in [*snapshots[-1:], *list_segments(store, 0)] if info.max_txid <= stop
-        ]
+        listing = [info for info in list_replica(store) if info.max_txid <= stop]
         versions = {
-            info.max_txid: self.bucket.objects[info.key].etag for info in chosen if not info.level
+            info.max_txid: self.bucket.objects[info.key].etag for info in listing if not info.level
         }
         if max(self._applied, default=0) > stop or any(
-            versions.get(txid, etag) != etag for txid, etag in self._applied.items()
+            etag and versions.get(txid, etag) != etag for txid, etag in self._applied.items()
         ):
             self._applied.clear()
             self._walked.unlink()
         self._walked.touch()
-        for info in chosen:
-            txid = max(self._applied, default=0)
-            if info.max_txid <= txid:
-                continue
-            if info.min_txid > txid + 1:
-                break
-            self._apply(store.get(info.key))
-            self._applied[info.max_txid] = self.bucket.objects[info.key].etag
+        while following := self._following(listing, max(self._applied, default=0)):
+            self._apply(store.get(following.key))
+            self._applied[following.max_txid] = (
+                "" if following.level else self.bucket.objects[following.key].etag
+            )
             self.history.judge(self._walked)
         txid = max(self._applied, default=0)
         if txid != stop:
             raise Violation(f"txid {txid} cannot be continued to {stop}")
+
+    def _following(self, listing: list[SegmentInfo], txid: int) -> SegmentInfo | None:
+        """What goes on from a TXID in the smallest step; from the newest snapshot, if there is one
+        behind it."""
+        later = [info for info in listing if info.min_txid <= txid + 1 and info.max_txid > txid]
+        snapshots = [info for info in later if info.level == 9]
+        if snapshots and not any(info.max_txid == txid + 1 for info in later if info.level < 9):
+            return snapshots[-1]
+        return min(later, key=lambda info: (info.max_txid, -info.level), default=None)
 
     def _apply(self, body: bytes) -> None:
         decoder = Decoder(body)

@@ -41,7 +41,7 @@ class FaultyStore:
         before: float = 0.0,
         after: float = 0.0,
         script: Iterable[Fault] = (),
-        operations: Sequence[str] = ("put", "get", "read", "head", "list", "delete"),
+        operations: Sequence[str] = ("put", "copy", "get", "read", "head", "list", "delete"),
         error: Callable[[str], StoreError] | None = None,
     ) -> None:
         self._store = store
@@ -99,6 +99,12 @@ class FaultyStore:
             if_match=if_match,
         )
         self._leave("put", fault)
+        return info
+
+    def copy(self, source: str, target: str) -> ObjectInfo:
+        fault = self._enter("copy")
+        info = self._store.copy(source, target)
+        self._leave("copy", fault)
         return info
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:

@@ -11,6 +11,7 @@ from pathlib import Path
 from walship.replica.clock import Clock, SystemClock
 from walship.replica.errors import ObjectNotFound, PreconditionFailed, StoreUnavailable
 from walship.replica.store.base import Body, ObjectInfo, Version
+from walship.replica.store.timestamps import TIMESTAMP_METADATA, format_timestamp
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,10 @@ class MemoryStore:
     ) -> ObjectInfo:
         self._reach()
         content = body.read_bytes() if isinstance(body, Path) else bytes(body)
-        made = Object(content, self._clock.now_ms(), dict(metadata or {}))
+        entries = dict(metadata or {})
+        if timestamp_ms is not None:
+            entries[TIMESTAMP_METADATA] = format_timestamp(timestamp_ms)
+        made = Object(content, self._clock.now_ms(), entries)
         self.before(key, made)
         self._clock.sleep(self.latency(key))
         with self._lock:
@@ -90,6 +94,15 @@ class MemoryStore:
         if lost:
             raise StoreUnavailable("the answer got lost", ambiguous=True)
         return _info(key, made)
+
+    def copy(self, source: str, target: str) -> ObjectInfo:
+        found = self._find(source)
+        made = Object(found.body, self._clock.now_ms(), found.metadata)
+        self.before(target, made)
+        with self._lock:
+            self.objects[target] = made
+        self.after(target, made)
+        return _info(target, made)
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         body = self._find(key).body

@@ -273,6 +273,8 @@ def test_other_settings_of_these_files() -> None:
     old = load_config(CONFIGS / "release-0.3.yml", environ={}).databases[0]
     assert old.replica is not None
     assert old.replica.sync_interval_s == 30.0
+    assert (old.levels.retention, old.levels.snapshot_retention_s) == (True, 168 * 3600.0)
+    assert database.levels.snapshot_retention_s == 48 * 3600.0
     directory = load_config(CONFIGS / "directories.yml", environ={}).directories[0]
     assert (directory.recursive, directory.watch) == (True, True)
     tenant = directory.database("/data/tenants/x/y.db")

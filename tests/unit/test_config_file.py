@@ -11,6 +11,7 @@ import pytest
 
 from walship.replica.config import DatabaseSettings, LoggingSettings, Settings, load_config
 from walship.replica.errors import ConfigError
+from walship.replica.level_settings import LevelSettings
 from walship.replica.store.settings import LocalSettings, S3Settings
 
 Load = Callable[..., Settings]
@@ -350,9 +351,6 @@ def test_litestreams_own_keys(load: Load, caplog: pytest.LogCaptureFixture) -> N
     """Litestream's keys without effect here are accepted at their places and mentioned."""
     text = """
 addr: :9090
-levels: [{interval: 30s}]
-snapshot: {interval: 24h}
-l0-retention: 5m
 dbs:
   - path: /a.db
     monitor-interval: 1s
@@ -363,9 +361,6 @@ dbs:
     assert database.validation_interval_s == 6 * 3600
     assert {record.getMessage().split()[1] for record in caplog.records} == {
         "key=addr",
-        "key=levels",
-        "key=snapshot",
-        "key=l0-retention",
         "key=monitor-interval",
     }
 
@@ -379,6 +374,64 @@ def test_validation_section(load: Load) -> None:
     assert load(text % "validation-interval: 2h").databases[0].validation_interval_s == 7200
     with pytest.raises(ConfigError, match="validation"):
         load(text % "validation: {every: 2h}")
+
+
+def test_levels_as_litestream_has_them(load: Load) -> None:
+    """Global sections are defaults; a database may have its own."""
+    text = """
+levels: [{interval: 10s}, {interval: 2m}]
+snapshot: {interval: 12h, retention: 72h}
+l0-retention: 1m
+l0-retention-check-interval: 5s
+retention: {enabled: false}
+dbs:
+  - path: /a.db
+    replica: s3://b/a
+  - path: /b.db
+    levels: []
+    snapshot: {interval: 1h}
+    snapshot-retention: 4h
+    retention: true
+    replica: s3://b/b
+"""
+    first, second = load(text).databases
+    assert first.levels == LevelSettings(
+        intervals_s=(10.0, 120.0),
+        snapshot_interval_s=12 * 3600.0,
+        snapshot_retention_s=72 * 3600.0,
+        l0_retention_s=60.0,
+        l0_retention_check_interval_s=5.0,
+        retention=False,
+    )
+    assert second.levels == LevelSettings(
+        intervals_s=(),
+        snapshot_interval_s=3600.0,
+        snapshot_retention_s=4 * 3600.0,
+        l0_retention_s=60.0,
+        l0_retention_check_interval_s=5.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("levels: 30s", "a list of intervals"),
+        ("levels: [30s, 10s]", "no less than the level below"),
+        ("levels: [{every: 30s}]", "`interval`, and nothing else"),
+        ("levels: [1m, 1m, 1m, 1m, 1m, 1m, 1m, 1m, 1m]", "8 at most"),
+        ("snapshot: 24h", "expected below it"),
+        ("snapshot: {every: 24h}", "every is unknown"),
+        ("snapshot: {interval: 1ms}", "at least 1s"),
+        ("retention: {disabled: true}", "`enabled`, and nothing else"),
+        ("retention: perhaps", "neither true nor false"),
+        ("l0-retention: 10s", "at least as long as fence-lease"),
+        ("l0-retention-check-interval: 0s", "at least 1s"),
+    ],
+)
+def test_levels_that_cannot_be(load: Load, text: str, says: str) -> None:
+    """Each mistake has one clear error."""
+    with pytest.raises(ConfigError, match=says):
+        load(f"{text}\ndbs:\n  - path: /a.db\n    replica: s3://b/a\n")
 
 
 def test_logging_section(load: Load) -> None:

@@ -21,6 +21,7 @@ from walship.replica.config import (
     parse_replica,
 )
 from walship.replica.errors import ConfigError
+from walship.replica.level_settings import LEVEL_KEYS
 from walship.replica.store.settings import LocalSettings, S3Settings
 
 MIB = 1024 * 1024
@@ -378,6 +379,7 @@ def test_no_setting_is_forgotten() -> None:
         "restore_if_db_not_exists",
         "validation",
     }
+    read_otherwise |= {name.replace("-", "_") for name in LEVEL_KEYS}
     assert {name.replace("-", "_") for name in (*REPLICA_KEYS, *DATABASE_KEYS)} <= (
         fields | read_otherwise
     )
@@ -461,7 +463,7 @@ def test_settings_without_effect_are_said(caplog: pytest.LogCaptureFixture) -> N
     """A setting that changes nothing is accepted and logged with the reason."""
     with caplog.at_level(logging.INFO):
         database_settings("/app.db", "s3://b", environ={}, monitor_interval="1s")
-        parse_replica({"bucket": "b", "retention": "24h"}, environ={})
+        parse_replica({"bucket": "b", "heartbeat-interval": "1m"}, environ={})
     assert [(r.levelname, "monitor-interval" in r.getMessage()) for r in caplog.records] == [
         ("INFO", True),
         ("WARNING", False),
