@@ -146,7 +146,7 @@ def _fresh(
     """With the sizes of the objects that were looked at: they may have been replaced since the
     listing, and never are again."""
     return [
-        segment if found is None else replace(segment, size_bytes=found.size_bytes)
+        segment if found is None else replace(segment, size_bytes=found.size_bytes, etag=found.etag)
         for segment, found in zip(segments, known, strict=False)
     ]
 

@@ -49,6 +49,7 @@ __all__ = [
     "find_source",
     "list_replica",
     "restore",
+    "with_metadata_times",
 ]
 
 _log = logging.getLogger(__name__)
@@ -226,7 +227,7 @@ def find_source(
     live = live_segments(store, segments)
     segments, left_out = live.segments, live.reason
     if timestamp_ms is not None:
-        segments = _with_metadata_times(store, segments)
+        segments = with_metadata_times(store, segments)
     if old is not None and _old_is_newer(old, segments, timestamp_ms):
         return Source(None, old)
     if not segments:
@@ -244,7 +245,7 @@ def find_source(
     return Source(found, None, live.sha256(found.segments[-1]))
 
 
-def _with_metadata_times(store: ObjectStore, segments: Sequence[SegmentInfo]) -> list[SegmentInfo]:
+def with_metadata_times(store: ObjectStore, segments: Sequence[SegmentInfo]) -> list[SegmentInfo]:
     """Segments with the time of their content: listings show when the object was stored."""
     if not segments:
         return []
