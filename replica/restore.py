@@ -59,8 +59,8 @@ Progress = Callable[[int, int], object]
 
 #: HEAD requests at once when a timestamp asks for the metadata of every object.
 _HEADS_AT_ONCE: Final = 50
-#: Times a restore starts over because retention removed one of its objects meanwhile.
-_REPLANS: Final = 3
+#: Plans a restore makes at most, when retention or compaction removes one of its objects meanwhile.
+_PLANS: Final = 5
 #: The output is handed to the disk in steps of this many bytes while the rest is being fetched, so
 #: that little is left to wait for in the end.
 _FLUSH_BYTES: Final = 64 << 20
@@ -171,7 +171,7 @@ def restore(
     with _explained(target):
         _check_output(target, overwrite)
         tried: Source | None = None
-        for _ in range(_REPLANS):
+        for _ in range(_PLANS):
             source = find_source(
                 store, txid=txid, timestamp_ms=timestamp_ms, parallelism=parallelism
             )
