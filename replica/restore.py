@@ -59,6 +59,7 @@ Progress = Callable[[int, int], object]
 
 #: HEAD requests at once when a timestamp asks for the metadata of every object.
 _HEADS_AT_ONCE: Final = 50
+_HEADS_PLANNED: Final = 1000
 #: Plans a restore makes at most, when retention or compaction removes one of its objects meanwhile.
 _PLANS: Final = 5
 #: The output is handed to the disk in steps of this many bytes while the rest is being fetched, so
@@ -258,8 +259,13 @@ def with_metadata_times(store: ObjectStore, segments: Sequence[SegmentInfo]) -> 
         logical = parse_timestamp(info.metadata.get(TIMESTAMP_METADATA, ""))
         return replace(segment, created_ms=info.modified_ms if logical is None else logical)
 
+    found: list[SegmentInfo] = []
     with ThreadPoolExecutor(min(_HEADS_AT_ONCE, len(segments))) as pool:
-        return [segment for segment in pool.map(look, segments) if segment is not None]
+        # A pool remembers a kilobyte for each call that waits.
+        for first in range(0, len(segments), _HEADS_PLANNED):
+            batch = segments[first : first + _HEADS_PLANNED]
+            found += [segment for segment in pool.map(look, batch) if segment is not None]
+    return found
 
 
 def _old_is_newer(old: V03Plan, segments: Sequence[SegmentInfo], timestamp_ms: int | None) -> bool:
