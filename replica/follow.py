@@ -580,10 +580,10 @@ def _first_note(store: ObjectStore, result: RestoreResult) -> _Note:
 
 
 def _identity(store: ObjectStore, segment: SegmentInfo) -> str:
-    """By what a segment of level 0 is known again in a listing."""
-    if store.logical_times or segment.etag is None:
+    """By what a segment of level 0 is known again in a listing; empty if by nothing."""
+    if store.logical_times:
         return f"{segment.size_bytes} bytes of {segment.created_ms}"
-    return segment.etag
+    return segment.etag or ""
 
 
 def _batches(segments: Sequence[SegmentInfo], at_least: int) -> Iterator[list[SegmentInfo]]:
