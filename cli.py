@@ -175,7 +175,7 @@ exists is touched, not even with -force.
 read the output meanwhile and see each state whole; none may write to it.  Killed at any point they
 leave a state of the replica.  -f ends with exit code 0 at SIGTERM or Ctrl-C.  It looks for new
 segments every second, or -follow-interval: one LIST request, 2.6 million in 30 days at 1s (about 13
-USD at the prices of S3), and a HEAD and a GET for each new segment.
+USD at the prices of S3), and two HEADs and a GET for each new segment.
 
 {_EXIT_HELP}"""
 
@@ -777,12 +777,12 @@ def _restore(arguments: argparse.Namespace, clock: Clock) -> int:
         output = database
     else:
         raise ConfigError(f"where to? Try: walship restore -o app.db '{arguments.target}'")
-    if arguments.if_db_not_exists and output.exists() and output.stat().st_size > 0:
-        _say(f"{output} exists already, nothing to do")
-        return EXIT_OK
     kept_up = arguments.f or arguments.delta
     if kept_up:
         _check_kept_up(arguments, output)
+    if arguments.if_db_not_exists and output.exists() and output.stat().st_size > 0:
+        _say(f"{output} exists already, nothing to do")
+        return EXIT_OK
     with _opened(replica, clock) as store:
         try:
             with labelled(store, arguments.label, txid, timestamp_ms) as target_txid:
@@ -824,6 +824,10 @@ def _check_kept_up(arguments: argparse.Namespace, output: Path) -> None:
         raise ConfigError("-f goes on where -delta ends: give one of them")
     if arguments.f and (arguments.txid or arguments.timestamp or arguments.label):
         raise ConfigError("-f follows to the newest state: leave out -txid, -timestamp and -label")
+    if arguments.dry_run:
+        raise ConfigError("-dry-run shows what a full restore reads: leave out -f and -delta")
+    if arguments.if_db_not_exists:
+        raise ConfigError("-f and -delta go on with an output that exists: drop -if-db-not-exists")
     refuse_replicated(output)
 
 

@@ -41,7 +41,7 @@ from .errors import (
 from .format.ltx import Decoder
 from .format.types import LEVEL_SNAPSHOT, WalSalts, format_txid, parse_txid
 from .listing import Live, list_replica, live_segments
-from .local_copy import FileMark, LocalCopy, LogEnd, Transaction
+from .local_copy import FileMark, LocalCopy, LogEnd, Transaction, put_into_wal_mode
 from .plan import plan, plan_from
 from .restore import Progress, RestoreResult, restore, with_metadata_times
 from .store.base import PREVIOUS_METADATA, ObjectStore, SegmentInfo, list_segments
@@ -571,6 +571,7 @@ def _first_note(store: ObjectStore, result: RestoreResult) -> _Note:
             " leave out -f or -delta"
         )
     last = result.source.plan.segments[-1]
+    put_into_wal_mode(result.output)
     return _Note(
         result.txid,
         mark=FileMark.of(os.stat(result.output)),

@@ -41,7 +41,7 @@ from .format.wal import WalHeader, frame_offset
 from .sqlite import connections_to
 from .store.local import sync_data
 
-__all__ = ["FileMark", "LocalCopy", "LogEnd", "Transaction"]
+__all__ = ["FileMark", "LocalCopy", "LogEnd", "Transaction", "put_into_wal_mode"]
 
 # The header of the wal-index (SQLite's walformat.html), of which there are two copies.  Integers
 # are in the host's byte order but for the salts, which stand as they do in the WAL.
@@ -57,6 +57,8 @@ _FRAME_REST: Final = struct.Struct(">4I")
 _BATCH_PAGES: Final = 128
 #: A log longer than this is copied into the database when nobody reads it.
 _LOG_BYTES: Final = 4 << 20
+#: Looks at the index until its two copies are the same.
+_INDEX_ATTEMPTS: Final = 200
 #: How long to wait for somebody's lock: nobody but us should hold one for long.
 _BUSY_MS: Final = 5_000
 #: Where page 1 tells the journal mode, for writing and for reading: 2 is WAL.
@@ -86,6 +88,15 @@ class FileMark(NamedTuple):
     @classmethod
     def of(cls, status: os.stat_result) -> FileMark:
         return cls(status.st_size, status.st_mtime_ns)
+
+
+def put_into_wal_mode(path: Path) -> None:
+    """Make a database that nobody has open, and that has no journal, one in WAL mode; durable."""
+    with _explained(path), open(path, "r+b", buffering=0) as file:
+        file.seek(_MODE_OFFSET)
+        if file.read(len(_MODE_WAL)) != _MODE_WAL:
+            os.pwrite(file.fileno(), _MODE_WAL, _MODE_OFFSET)
+            sync_data(file.fileno())
 
 
 class LocalCopy:
@@ -202,10 +213,13 @@ class LocalCopy:
 
     def _header(self) -> tuple[int, tuple[int, int], WalSalts, bool]:
         """Of the wal-index: frames, running checksum, salts, byte order of the checksums."""
-        data = os.pread(self._index, 2 * _INDEX_HEADER_SIZE, 0)
-        first = data[:_INDEX_HEADER_SIZE]
-        if len(data) < 2 * _INDEX_HEADER_SIZE or first != data[_INDEX_HEADER_SIZE:]:
-            raise RestoreError(f"the index of the log of {self.path} is torn: start again")
+        for _ in range(_INDEX_ATTEMPTS):
+            data = os.pread(self._index, 2 * _INDEX_HEADER_SIZE, 0)
+            first = data[:_INDEX_HEADER_SIZE]
+            if len(data) == 2 * len(first) and first == data[_INDEX_HEADER_SIZE:]:
+                break  # else somebody is writing it, whose checkpoint empties the log
+        else:
+            raise RestoreError(f"the index of the log of {self.path} stays torn: start again")
         fields = _INDEX_HEADER.unpack_from(first)
         return (
             fields[6],

@@ -198,8 +198,9 @@ def follow_from(
 ) -> int:
     """Keep a copy of a database at the newest state of its replica; blocks until it is stopped.
 
-    The output is made and changed as by `update_from`.  Each look costs one LIST request, and what
-    is new two more for each segment.  A store that does not answer is waited for.
+    The output is made and changed as by `update_from`.  Each look costs one LIST request, and each
+    new segment two HEADs and a GET.  A store that does not answer is waited for.  In this process
+    read the output with apsw, not with the sqlite3 module, which would drop the locks on it.
 
     Args:
         interval: between two looks: seconds, or text such as "500ms".

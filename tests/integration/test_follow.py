@@ -19,7 +19,7 @@ import walship
 from support.databases import Database, assert_same_bytes
 from support.faulty import FaultyStore
 from support.history import History
-from support.replicas import golden_copy, local_store, manifest, sha256
+from support.replicas import golden_copy, local_store, manifest, sha256, write_segment
 from walship.replica.clock import SystemClock
 from walship.replica.errors import (
     ContinuityError,
@@ -474,6 +474,29 @@ def test_replicas_of_litestream_03_are_not_followed(tmp_path: Path) -> None:
     with pytest.raises(RestoreError, match=r"Litestream 0.3"):
         update(local_store(root), tmp_path / "copy.db", clock=CLOCK)
     assert not (tmp_path / "copy.db").exists()
+
+
+def test_a_database_that_is_not_in_wal_mode(tmp_path: Path) -> None:
+    """The copy is in WAL mode from the start, so that being killed once it is open is no change."""
+    original = tmp_path / "app.db"
+    root = tmp_path / "replica"
+    with closing(sqlite3.connect(original)) as db:
+        for txid in range(1, 4):
+            db.execute(f"CREATE TABLE t{txid} (n)")
+            db.commit()
+            content = original.read_bytes()
+            pages = {n + 1: content[n * 4096 :][:4096] for n in range(len(content) // 4096)}
+            write_segment(root, 0, txid, txid, len(pages), pages, page_size=4096)
+    output = tmp_path / "copy.db"
+    store = local_store(root)
+    follower, _ = Follower.open(store, output, clock=CLOCK, txid=1)
+    follower.copy.close()  # as a kill would: no word in the note
+    assert update(store, output, clock=CLOCK).txid == 3
+    with closing(sqlite3.connect(output)) as db:
+        assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert len(db.execute("SELECT * FROM sqlite_schema").fetchall()) == 3
+    copied, whole = output.read_bytes(), original.read_bytes()
+    assert copied[:18] + copied[20:] == whole[:18] + whole[20:]
 
 
 class VanishingStore(LocalStore):

@@ -329,6 +329,8 @@ def test_restore_exit_codes(
         ["restore", "-parallelism", "many", "-o", "x", "file:///x"],
         ["restore", "-txid", "7", "-o", "x", "file:///x"],
         ["restore", "-integrity-check", "some", "-o", "x", "file:///x"],
+        ["restore", "-f", "-dry-run", "-o", "x", "file:///x"],
+        ["restore", "-delta", "-if-db-not-exists", "-o", "x", "file:///x"],
         ["restore", "-f", "-delta", "-o", "x", "file:///x"],
         ["restore", "-f", "-txid", "0000000000000001", "-o", "x", "file:///x"],
         ["restore", "-f", "-follow-interval", "soon", "-o", "x", "file:///x"],
