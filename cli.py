@@ -116,7 +116,8 @@ _VERIFY_CODES: Final[Mapping[str, int]] = {
 
 _EXIT_HELP: Final = """\
 exit codes:
-  0    done (also: nothing to do, with -if-db-not-exists or -if-replica-exists)
+  0    done (also: nothing to do, with -if-db-not-exists or -if-replica-exists; restore -f was ended
+       by a signal)
   1    wrong usage or configuration, or any other error
   3    no backup that fits
   4    the replica is damaged, or the restored database fails SQLite's check

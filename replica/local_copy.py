@@ -39,7 +39,7 @@ from .format.checksum import wal_checksum
 from .format.types import WalSalts
 from .format.wal import WalHeader, frame_offset
 from .sqlite import connections_to
-from .store.local import sync_data
+from .store.local import fsync_file, sync_data
 
 __all__ = ["FileMark", "LocalCopy", "LogEnd", "Transaction", "put_into_wal_mode"]
 
@@ -96,7 +96,7 @@ def put_into_wal_mode(path: Path) -> None:
         file.seek(_MODE_OFFSET)
         if file.read(len(_MODE_WAL)) != _MODE_WAL:
             os.pwrite(file.fileno(), _MODE_WAL, _MODE_OFFSET)
-            sync_data(file.fileno())
+            fsync_file(file.fileno())
 
 
 class LocalCopy:
@@ -187,6 +187,8 @@ class LocalCopy:
 
     def mark(self) -> FileMark | None:
         """What the file is known by while the log is empty, else None."""
+        # A power cut must not bring back an older time than the one that is noted.
+        fsync_file(self._main)
         return None if self.end().n_frames else FileMark.of(os.stat(self.path))
 
     def close(self) -> FileMark | None:
