@@ -122,7 +122,7 @@ exit codes:
   3    no backup that fits
   4    the replica is damaged, or the restored database fails SQLite's check
   5    the store cannot be reached, or refuses
-  6    segments are missing in the middle of the replica
+  6    segments are missing in the middle of the replica; copy and replica do not fit
   7    the output exists already
   8    the store is not fit (doctor)
   9    the replica can be restored, and is not the database (verify)
