@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -594,3 +595,36 @@ def test_the_command_ends_with_a_signal(
     assert "Traceback" not in said
     assert_restored(source.root, output, last, tmp_path)
     assert sorted(path.name for path in tmp_path.glob("copy.db*")) == ["copy.db", "copy.db-txid"]
+
+
+def test_a_replicated_database_is_no_output(source: Source) -> None:
+    """What an application replicates itself is neither followed into nor brought up to date."""
+    source.write(2)
+    before = source.database.path.read_bytes()
+    for call in (walship.update, walship.follow):
+        with pytest.raises(walship.ConfigError, match="replicated itself"):
+            call(source.root, source.database.path, overwrite=True)
+    assert source.database.path.read_bytes() == before
+
+
+def test_from_python(source: Source, tmp_path: Path) -> None:
+    """`walship.update` and `walship.follow` do what the command does; an event ends the latter."""
+    source.write(2)
+    output = tmp_path / "copy.db"
+    first = walship.update(source.root, output, txid="0000000000000001")
+    assert first.txid == 1
+    walship.replication(source.connection).mark("here")
+    marked = source.sync()
+    last = source.write()
+    assert walship.update(source.root, output, label="here").txid == marked
+    stop = threading.Event()
+    steps: list[int] = []
+
+    def note(step: walship.Step) -> None:
+        steps.append(step.txid)
+        if step.txid == last:
+            stop.set()
+
+    assert walship.follow(source.root, output, interval="10ms", stop=stop, on_step=note) == last
+    assert steps == [marked, last]
+    assert_restored(source.root, output, last, tmp_path)
