@@ -193,7 +193,8 @@ class Follower:
             ContinuityError: somebody else has written to the copy.
             ReplicaError: as `replica.restore.restore`.
         """
-        target = Path(os.path.abspath(output))
+        # SQLite keeps a log beside the file that a link leads to.
+        target = Path(os.path.realpath(output))
         made: RestoreResult | None = None
         if overwrite or not target.exists() or target.stat().st_size == 0:
             made = restore(

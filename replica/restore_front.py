@@ -238,7 +238,7 @@ def refuse_replicated(output: str | os.PathLike[str]) -> None:
     Raises:
         ConfigError: it has a state directory.
     """
-    directory = state_directory(Path(os.path.abspath(output)))
+    directory = state_directory(Path(os.path.realpath(output)))
     if directory.exists():
         raise ConfigError(
             f"{output} is a database that is replicated itself ({directory.name} lies beside it):"

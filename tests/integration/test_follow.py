@@ -628,3 +628,18 @@ def test_from_python(source: Source, tmp_path: Path) -> None:
     assert walship.follow(source.root, output, interval="10ms", stop=stop, on_step=note) == last
     assert steps == [marked, last]
     assert_restored(source.root, output, last, tmp_path)
+
+
+def test_an_output_behind_a_link(source: Source, tmp_path: Path) -> None:
+    """A link stays one; copy, log and note lie where it leads to."""
+    source.write(2)
+    real = tmp_path / "volume" / "copy.db"
+    link = tmp_path / "link.db"
+    real.parent.mkdir()
+    link.symlink_to(real)
+    update(local_store(source.root), link, clock=CLOCK)
+    last = source.write(2)
+    assert update(local_store(source.root), link, clock=CLOCK).txid == last
+    assert link.is_symlink()
+    assert_restored(source.root, real, last, tmp_path)
+    assert note_path(real).exists()
