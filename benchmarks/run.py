@@ -41,6 +41,7 @@ TOPICS = (
     "lag",
     "bulk",
     "restore",
+    "delta",
     "memory",
     "idle",
     "crash",

@@ -633,7 +633,7 @@ def build(job: Job) -> Job:
     rng = random.Random(5)
     for _ in range(job["segments"]):
         db.execute("begin")
-        for _ in range(3):
+        for _ in range(job.get("changes", 3)):
             db.execute(
                 "update t set b = ? where id = ?", (rng.randbytes(3200), rng.randrange(1, rows + 1))
             )

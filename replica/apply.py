@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import struct
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,6 +36,7 @@ from walship.replica.format.ltx import (
     HEADER_SIZE,
     TRAILER_SIZE,
     Header,
+    PageIndex,
     index_size_from_tail,
     page_frame,
     parse_index,
@@ -58,6 +60,9 @@ _RANGE_GAP_BYTES: Final = 64 << 10
 #: Pages handed to the kernel at once (its limit is 1024): half a MiB of them stays in the cache.
 _BATCH_PAGES: Final = 128
 _ONES: Final = b"\x01" * _BATCH_PAGES
+#: A larger page index is not read: parsed it takes five times its size, and of a segment that large
+#: fetching all costs at most twice what fetching the half that is needed would.
+INDEX_BYTES_MAX: Final = 16 << 20
 #: First guess at the size of an index: about ten bytes a page.
 _INDEX_GUESS_MIN: Final = 64 << 10
 _INDEX_GUESS_SHARE: Final = 128
@@ -273,7 +278,7 @@ class _Apply:
         n_before = self._fetcher.bytes_fetched
         winners = self._read_winners(segment, pages)
         self._fetcher.bytes_expected += self._fetcher.bytes_fetched - n_before
-        if 2 * winners.n_bytes >= segment.size_bytes:
+        if winners is None or 2 * winners.n_bytes >= segment.size_bytes:
             self._whole(segment)
         else:
             self._ranges(segment, pages, winners)
@@ -296,8 +301,11 @@ class _Apply:
         while under_way:
             yield fetcher.take(*_with_key(key, under_way.popleft()))
 
-    def _read_winners(self, segment: SegmentInfo, pages: _Pages) -> _Winners:
-        """Read header and index of a segment and find the pages that no newer segment holds."""
+    def _read_winners(self, segment: SegmentInfo, pages: _Pages) -> _Winners | None:
+        """Read header and index of a segment and find the pages that no newer segment holds.
+
+        None if the index is too large for that.
+        """
         key, size = segment.key, segment.size_bytes
         fetcher = self._fetcher
         guess = min(size, max(_INDEX_GUESS_MIN, size // _INDEX_GUESS_SHARE))
@@ -309,43 +317,49 @@ class _Apply:
         needed = index_size_from_tail(tail)
         if needed > size - HEADER_SIZE:
             raise FormatError("its page index is longer than the file")
+        if needed > INDEX_BYTES_MAX:
+            return None
         if needed > guess:
             more = needed - guess
             start = size - needed
             tail = fetcher.take(fetcher.start(key, start, more), key, more) + tail
         index = parse_index(tail, file_size=size)
         written, commit = pages.written, pages.commit
-        frames = []
+        frames = PageIndex(array("I"), array("Q"), array("I"))
         n_bytes = 0
         for pgno, offset, length in zip(*index, strict=True):
             if pgno <= commit and not written[pgno]:
-                frames.append(_Frame(pgno, offset, length))
+                frames.pgnos.append(pgno)
+                frames.offsets.append(offset)
+                frames.lengths.append(length)
                 n_bytes += length
         return _Winners(frames, n_bytes)
 
     def _ranges(self, segment: SegmentInfo, pages: _Pages, winners: _Winners) -> None:
-        groups = list(_group(winners.frames))
-        requests = [(g[0].offset, g[-1].offset + g[-1].length - g[0].offset) for g in groups]
-        n_bytes = sum(length for _, length in requests)
-        self._fetcher.bytes_expected += n_bytes - segment.size_bytes
+        self._fetcher.bytes_expected -= segment.size_bytes
+        self._fetcher.bytes_expected += sum(each.length for each in _groups(winners.frames))
         lock = lock_pgno(pages.page_size)
-        for group, data in zip(groups, self._in_order(segment.key, iter(requests)), strict=True):
+        groups = _groups(winners.frames)
+        requests = ((each.offset, each.length) for each in _groups(winners.frames))
+        for group, data in zip(groups, self._in_order(segment.key, requests), strict=True):
             view = memoryview(data)
-            base = group[0].offset
-            for pgno, offset, length in group:
+            for pgno, offset, length in zip(
+                *(column[group.first : group.end] for column in winners.frames), strict=True
+            ):
                 if pgno == lock:
                     raise FormatError("it holds the lock page")
-                start = offset - base
+                start = offset - group.offset
                 page = page_frame(view[start : start + length], pages.page_size, pgno)
                 pages.add(pgno, page)
-            pages.n_decoded += len(group)
+            pages.n_decoded += group.end - group.first
         pages.flush()
 
 
-class _Frame(NamedTuple):
-    """Where one page lies in its segment."""
+class _Group(NamedTuple):
+    """Winning frames that are fetched by one request: which of them, and the range of bytes."""
 
-    pgno: int
+    first: int
+    end: int
     offset: int
     length: int
 
@@ -353,7 +367,7 @@ class _Frame(NamedTuple):
 class _Winners(NamedTuple):
     """The pages of a segment that are to be written, in ascending order, and their bytes in it."""
 
-    frames: list[_Frame]
+    frames: PageIndex
     n_bytes: int
 
 
@@ -361,21 +375,18 @@ def _with_key(key: str, request: tuple[Future[bytes], int]) -> tuple[Future[byte
     return request[0], key, request[1]
 
 
-def _group(frames: Sequence[_Frame]) -> Iterator[list[_Frame]]:
-    """Frames that are fetched by one request each."""
-    group: list[_Frame] = []
-    for frame in frames:
-        if group:
-            end = group[-1].offset + group[-1].length
-            if frame.offset < end:
-                raise FormatError("its page index is not in the order of the file")
-            too_far = frame.offset - end > _RANGE_GAP_BYTES
-            if too_far or frame.offset + frame.length - group[0].offset > RANGE_BYTES:
-                yield group
-                group = []
-        group.append(frame)
-    if group:
-        yield group
+def _groups(frames: PageIndex) -> Iterator[_Group]:
+    """The requests that fetch some frames, in the order of the file."""
+    first, begin, end = 0, -1, 0
+    for at, (offset, length) in enumerate(zip(frames.offsets, frames.lengths, strict=True)):
+        if begin < 0:
+            begin = offset
+        elif offset - end > _RANGE_GAP_BYTES or offset + length - begin > RANGE_BYTES:
+            yield _Group(first, at, begin, end - begin)
+            first, begin = at, offset
+        end = offset + length
+    if begin >= 0:
+        yield _Group(first, len(frames.pgnos), begin, end - begin)
 
 
 def _frame_size_max(page_size: int) -> int:

@@ -22,7 +22,7 @@ from .plan import plan_from
 from .store.base import ObjectStore, SegmentInfo, list_segments
 from .store.local import fsync_file
 
-__all__ = ["CaughtUp", "catch_up"]
+__all__ = ["CaughtUp", "catch_up", "fetched"]
 
 #: How much of a segment is fetched at once, bytes.
 _RANGE_BYTES: Final = 8 << 20
@@ -83,7 +83,7 @@ def catch_up(
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         with ThreadPoolExecutor(_AHEAD, thread_name_prefix="walship-catch-up") as pool:
-            for segment, source in _fetched(pool, store, segments):
+            for segment, source in fetched(pool, store, segments):
                 page_size, commit = _apply(segment, source, fd)
         os.ftruncate(fd, commit * page_size)
         fsync_file(fd)
@@ -102,7 +102,7 @@ def _plan(live: Live, txid: int) -> list[SegmentInfo] | None:
     return segments if reached >= newest else None
 
 
-def _fetched(
+def fetched(
     pool: ThreadPoolExecutor, store: ObjectStore, segments: Sequence[SegmentInfo]
 ) -> Iterator[tuple[SegmentInfo, Source]]:
     """Each segment with its content; small ones are fetched ahead of need."""

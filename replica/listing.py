@@ -144,9 +144,16 @@ def _fresh(
     segments: Sequence[SegmentInfo], known: Sequence[ObjectInfo | None]
 ) -> list[SegmentInfo]:
     """With the sizes of the objects that were looked at: they may have been replaced since the
-    listing, and never are again."""
+    listing, and never are again.  Where the tag differs nobody knows which a listing shows: some
+    stores have one of their own there."""
     return [
-        segment if found is None else replace(segment, size_bytes=found.size_bytes)
+        segment
+        if found is None
+        else replace(
+            segment,
+            size_bytes=found.size_bytes,
+            etag=segment.etag if segment.etag == found.etag else None,
+        )
         for segment, found in zip(segments, known, strict=False)
     ]
 

@@ -7,19 +7,17 @@ replica, asks for a plan and executes it.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final
+from typing import NamedTuple
 
 from walship.replica.errors import ConfigError, GapError, NoBackupError
 from walship.replica.format.types import LEVEL_SNAPSHOT, format_txid
 from walship.replica.store.base import SegmentInfo
 
-__all__ = ["Plan", "format_time", "plan", "plan_from"]
-
-#: How many later TXIDs are tried when an error message looks for one that can be restored.
-_NEAREST_TRIES: Final = 32
+__all__ = ["Plan", "Restorable", "format_time", "plan", "plan_from", "restorable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +75,37 @@ def plan(
     if before_ms is not None:
         return _plan_time(listing, before_ms)
     return _plan_latest(listing)
+
+
+class Restorable(NamedTuple):
+    """Which states can be restored.
+
+    Attributes:
+        points: for each of them the segment of the lowest level that ends with it, oldest first.
+        missing: TXIDs that are missing behind the last of them, though later ones are there.
+    """
+
+    points: list[SegmentInfo]
+    missing: range
+
+
+def restorable(segments: Iterable[SegmentInfo]) -> Restorable:
+    """Every state that a chain of segments leads to.
+
+    Args:
+        segments: the replica's listing, all levels, in any order.
+    """
+    points: list[SegmentInfo] = []
+    missing = range(0)
+    reached = 0
+    for segment in sorted(segments, key=lambda s: (s.max_txid, s.level, -s.min_txid)):
+        if segment.min_txid > reached + 1:
+            missing = missing or range(reached + 1, segment.min_txid)
+        elif segment.max_txid > reached:
+            points.append(segment)
+            reached = segment.max_txid
+            missing = range(0)  # what ends here starts before it
+    return Restorable(points, missing)
 
 
 def format_time(timestamp_ms: int) -> str:
@@ -145,7 +174,8 @@ def _plan_latest(listing: Sequence[SegmentInfo]) -> Plan:
     next_txid = min(segment.min_txid for segment in behind)
     newest = max(segment.max_txid for segment in listing)
     if chain:
-        advice = f"restore up to the gap with -txid {format_txid(reached)}"
+        last = format_time(chain[-1].created_ms)
+        advice = f"restore up to the gap with -txid {format_txid(reached)} (of {last})"
     else:
         advice = "no state can be restored"
     raise GapError(
@@ -160,18 +190,13 @@ def _plan_txid(listing: Sequence[SegmentInfo], txid: int) -> Plan:
     chain = _chain([segment for segment in listing if segment.max_txid <= txid])
     if _reach(chain) == txid and chain:
         return Plan(tuple(chain))
-    below = _reach(chain)
-    above = None
-    later = sorted({segment.max_txid for segment in listing if segment.max_txid > txid})
-    for candidate in later[:_NEAREST_TRIES]:
-        if _reach(_chain([s for s in listing if s.max_txid <= candidate])) == candidate:
-            above = candidate
-            break
-    nearest = [format_txid(value) for value in (below, above) if value]
+    points = restorable(listing).points
+    at = bisect_left(points, txid, key=lambda point: point.max_txid)
+    nearest = [_point(point) for point in points[max(0, at - 1) : at + 1]]
     if nearest:
         advice = "nearest that can be: " + " and ".join(nearest)
     else:
-        advice = "no state near it can be restored either"
+        advice = "no other state can be restored either"
     raise NoBackupError(f"TXID {format_txid(txid)} cannot be restored from this replica; {advice}")
 
 
@@ -179,12 +204,14 @@ def _plan_time(listing: Sequence[SegmentInfo], before_ms: int) -> Plan:
     eligible = [segment for segment in listing if segment.created_ms < before_ms]
 
     def nothing() -> str:
-        starts = [segment.created_ms for segment in listing if segment.min_txid == 1]
+        starts = [segment for segment in listing if segment.min_txid == 1]
         if not starts:
             return "no state can be restored: the replica has no segment that starts at TXID 1"
+        oldest = min(starts, key=lambda segment: (segment.created_ms, segment.max_txid))
         return (
             f"the replica holds no state before {format_time(before_ms)}; the oldest that can be"
-            f" restored is from {format_time(min(starts))} (give a later time)"
+            f" restored is from {format_time(oldest.created_ms)} (TXID"
+            f" {format_txid(oldest.max_txid)}): give a later time"
         )
 
     chain = _chain(eligible)
@@ -196,6 +223,10 @@ def _plan_time(listing: Sequence[SegmentInfo], before_ms: int) -> Plan:
             f" {format_time(before_ms)} are left out",
         )
     return _finish(chain, nothing, warnings)
+
+
+def _point(point: SegmentInfo) -> str:
+    return f"{format_txid(point.max_txid)} ({format_time(point.created_ms)})"
 
 
 def _finish(

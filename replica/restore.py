@@ -49,6 +49,7 @@ __all__ = [
     "find_source",
     "list_replica",
     "restore",
+    "with_metadata_times",
 ]
 
 _log = logging.getLogger(__name__)
@@ -58,8 +59,9 @@ Progress = Callable[[int, int], object]
 
 #: HEAD requests at once when a timestamp asks for the metadata of every object.
 _HEADS_AT_ONCE: Final = 50
-#: Times a restore starts over because retention removed one of its objects meanwhile.
-_REPLANS: Final = 3
+_HEADS_PLANNED: Final = 1000
+#: Plans a restore makes at most, when retention or compaction removes one of its objects meanwhile.
+_PLANS: Final = 5
 #: The output is handed to the disk in steps of this many bytes while the rest is being fetched, so
 #: that little is left to wait for in the end.
 _FLUSH_BYTES: Final = 64 << 20
@@ -170,7 +172,7 @@ def restore(
     with _explained(target):
         _check_output(target, overwrite)
         tried: Source | None = None
-        for _ in range(_REPLANS):
+        for _ in range(_PLANS):
             source = find_source(
                 store, txid=txid, timestamp_ms=timestamp_ms, parallelism=parallelism
             )
@@ -226,7 +228,7 @@ def find_source(
     live = live_segments(store, segments)
     segments, left_out = live.segments, live.reason
     if timestamp_ms is not None:
-        segments = _with_metadata_times(store, segments)
+        segments = with_metadata_times(store, segments)
     if old is not None and _old_is_newer(old, segments, timestamp_ms):
         return Source(None, old)
     if not segments:
@@ -244,7 +246,7 @@ def find_source(
     return Source(found, None, live.sha256(found.segments[-1]))
 
 
-def _with_metadata_times(store: ObjectStore, segments: Sequence[SegmentInfo]) -> list[SegmentInfo]:
+def with_metadata_times(store: ObjectStore, segments: Sequence[SegmentInfo]) -> list[SegmentInfo]:
     """Segments with the time of their content: listings show when the object was stored."""
     if not segments:
         return []
@@ -257,8 +259,13 @@ def _with_metadata_times(store: ObjectStore, segments: Sequence[SegmentInfo]) ->
         logical = parse_timestamp(info.metadata.get(TIMESTAMP_METADATA, ""))
         return replace(segment, created_ms=info.modified_ms if logical is None else logical)
 
+    found: list[SegmentInfo] = []
     with ThreadPoolExecutor(min(_HEADS_AT_ONCE, len(segments))) as pool:
-        return [segment for segment in pool.map(look, segments) if segment is not None]
+        # A pool remembers a kilobyte for each call that waits.
+        for first in range(0, len(segments), _HEADS_PLANNED):
+            batch = segments[first : first + _HEADS_PLANNED]
+            found += [segment for segment in pool.map(look, batch) if segment is not None]
+    return found
 
 
 def _old_is_newer(old: V03Plan, segments: Sequence[SegmentInfo], timestamp_ms: int | None) -> bool:

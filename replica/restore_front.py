@@ -9,26 +9,38 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from .check import IntegrityMode
 from .clock import SystemClock
 from .config import parse_replica
 from .errors import ConfigError, FormatError, NoBackupError, RestoreError
+from .follow import Step, follow, update
 from .format.types import parse_txid
 from .marks import find_mark
 from .plan import format_time
 from .restore import Progress, RestoreResult, restore
+from .spool import state_directory
 from .store.base import ObjectStore
 from .store.opening import open_store
 from .store.retrying import RetryingStore
 from .store.timestamps import parse_timestamp
 from .values import parse_duration
 
-__all__ = ["labelled", "parse_time", "progress_bar", "restore_from"]
+__all__ = [
+    "follow_from",
+    "labelled",
+    "parse_time",
+    "progress_bar",
+    "refuse_replicated",
+    "restore_from",
+    "update_from",
+]
 
 #: Words for units of time, singular, in seconds.
 _TIME_UNITS: Final[Mapping[str, int]] = {
@@ -83,16 +95,10 @@ def restore_from(
         StoreError: the replica could not be read.
     """
     clock = SystemClock()
-    parsed = parse_replica(replica, **settings)
     target_ms = None if timestamp is None else _milliseconds(timestamp, clock.now_ms())
-    try:
-        target_txid = parse_txid(txid.lower()) if isinstance(txid, str) else txid
-    except FormatError as error:
-        raise ConfigError(f"txid: {error}") from None
     with (
-        closing(RetryingStore(open_store(parsed.store, clock), clock)) as store,
-        _progress(progress, os.path.basename(os.fspath(output))) as report,
-        labelled(store, label, target_txid, target_ms) as chosen_txid,
+        _opened(replica, settings, clock, progress, output) as (store, report),
+        labelled(store, label, _txid(txid), target_ms) as chosen_txid,
     ):
         return restore(
             store,
@@ -130,6 +136,137 @@ def labelled(
         raise RestoreError(
             f"the state marked {label!r} at {format_time(mark.time_ms)} is gone: {error}"
         ) from error
+
+
+def update_from(
+    replica: str | os.PathLike[str] | Mapping[str, object],
+    output: str | os.PathLike[str],
+    *,
+    txid: int | str | None = None,
+    timestamp: datetime | str | float | None = None,
+    label: str | None = None,
+    parallelism: int = 8,
+    progress: bool | Progress = False,
+    overwrite: bool = False,
+    **settings: Any,
+) -> Step:
+    """Bring a copy of a database up to date by fetching only what changed since.
+
+    The first call restores the output and writes ``<output>-txid`` beside it, which says what it
+    holds.  Later ones apply what the replica got since, as one transaction, or a few: readers may
+    have the output open, see each of its states whole, and must not write to it.  Killed at any
+    point this leaves a state of the replica, and the next call goes on from there.
+
+    Args: as for `restore_from`; ``overwrite`` restores anew whatever is there.
+
+    Raises:
+        OutputExistsError: the output exists without the note.
+        ContinuityError: somebody has written to the output, or the replica was reset.
+        RestoreError: the output is newer than the target.
+        ReplicaError: as `restore_from`.
+    """
+    clock = SystemClock()
+    refuse_replicated(output)
+    target_ms = None if timestamp is None else _milliseconds(timestamp, clock.now_ms())
+    with (
+        _opened(replica, settings, clock, progress, output) as (store, report),
+        labelled(store, label, _txid(txid), target_ms) as chosen_txid,
+    ):
+        return update(
+            store,
+            output,
+            clock=clock,
+            txid=chosen_txid,
+            timestamp_ms=target_ms,
+            parallelism=parallelism,
+            progress=report,
+            overwrite=overwrite,
+        )
+
+
+def follow_from(
+    replica: str | os.PathLike[str] | Mapping[str, object],
+    output: str | os.PathLike[str],
+    *,
+    interval: float | str = 1.0,
+    stop: threading.Event | None = None,
+    on_step: Callable[[Step], object] | None = None,
+    parallelism: int = 8,
+    progress: bool | Progress = False,
+    overwrite: bool = False,
+    **settings: Any,
+) -> int:
+    """Keep a copy of a database at the newest state of its replica; blocks until it is stopped.
+
+    The output is made and changed as by `update_from`.  Each look costs one LIST request, and each
+    new segment two HEADs and a GET.  A store that does not answer is waited for.  In this process
+    read the output with apsw, not with the sqlite3 module, which would drop the locks on it.
+
+    Args:
+        interval: between two looks: seconds, or text such as "500ms".
+        stop: set it to end; without one only an error or Ctrl-C does.
+        on_step: called in this thread with every state that was reached.
+        parallelism, progress, overwrite, settings: as for `restore_from`.
+
+    Returns:
+        The TXID that the output holds.
+
+    Raises:
+        ReplicaError: as `update_from`, also later on.
+    """
+    clock = SystemClock()
+    refuse_replicated(output)
+    interval_s = parse_duration("interval", interval)
+    event = threading.Event() if stop is None else stop
+    with _opened(replica, settings, clock, progress, output) as (store, report):
+        return follow(
+            store,
+            output,
+            clock=clock,
+            wait=event.wait,
+            interval_s=interval_s,
+            on_step=on_step,
+            parallelism=parallelism,
+            progress=report,
+            overwrite=overwrite,
+        )
+
+
+def refuse_replicated(output: str | os.PathLike[str]) -> None:
+    """Refuse an output that an application replicates: only walship's VFS may write to that.
+
+    Raises:
+        ConfigError: it has a state directory.
+    """
+    directory = state_directory(Path(os.path.realpath(output)))
+    if directory.exists():
+        raise ConfigError(
+            f"{output} is a database that is replicated itself ({directory.name} lies beside it):"
+            " choose another output"
+        )
+
+
+@contextlib.contextmanager
+def _opened(
+    replica: str | os.PathLike[str] | Mapping[str, object],
+    settings: Mapping[str, Any],
+    clock: SystemClock,
+    progress: bool | Progress,
+    output: str | os.PathLike[str],
+) -> Iterator[tuple[ObjectStore, Progress | None]]:
+    parsed = parse_replica(replica, **settings)
+    with (
+        closing(RetryingStore(open_store(parsed.store, clock), clock)) as store,
+        _progress(progress, os.path.basename(os.fspath(output))) as report,
+    ):
+        yield store, report
+
+
+def _txid(txid: int | str | None) -> int | None:
+    try:
+        return parse_txid(txid.lower()) if isinstance(txid, str) else txid
+    except FormatError as error:
+        raise ConfigError(f"txid: {error}") from None
 
 
 def _milliseconds(timestamp: datetime | str | float, now_ms: int) -> int:

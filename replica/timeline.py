@@ -8,13 +8,14 @@ has left, of level 9 snapshots alone.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .errors import NoBackupError, ObjectNotFound
 from .format.types import LEVEL_SNAPSHOT, format_txid
 from .listing import list_replica, live_segments
 from .marks import Mark, list_marks
+from .plan import restorable
 from .store.base import ObjectStore, SegmentInfo
 from .store.timestamps import TIMESTAMP_METADATA, parse_timestamp
 
@@ -94,7 +95,8 @@ def read_timeline(store: ObjectStore) -> Timeline:
         StoreError: from the store.
     """
     live = live_segments(store, list_replica(store))
-    points, gap = _points(live.segments)
+    points, missing = restorable(live.segments)
+    gap = Gap(missing[0], missing[-1]) if missing else None
     if not points:
         raise NoBackupError(
             f"there is no backup at {store.url}"
@@ -113,21 +115,6 @@ def read_timeline(store: ObjectStore) -> Timeline:
         marks=tuple(_marked(mark, txids) for mark in list_marks(store)),
         warning=live.reason,
     )
-
-
-def _points(segments: Iterable[SegmentInfo]) -> tuple[list[SegmentInfo], Gap | None]:
-    """For each state that can be restored the segment of the lowest level that ends with it."""
-    points: list[SegmentInfo] = []
-    gap: Gap | None = None
-    reached = 0
-    for segment in sorted(segments, key=lambda s: (s.max_txid, s.level, -s.min_txid)):
-        if segment.min_txid > reached + 1:
-            gap = gap or Gap(reached + 1, segment.min_txid - 1)
-        elif segment.max_txid > reached:
-            points.append(segment)
-            reached = segment.max_txid
-            gap = None  # what ends here starts before it
-    return points, gap
 
 
 def stretches(points: Sequence[SegmentInfo]) -> list[Stretch]:

@@ -197,6 +197,7 @@ class SegmentInfo:
         size_bytes: length of the object.
         created_ms: object time (storage time until replaced by the metadata's), ms since the epoch.
         key: where it lies, relative to the store's root.
+        etag: the store's tag for this version, as in `ObjectInfo`; does not count in comparisons.
     """
 
     level: int
@@ -205,6 +206,7 @@ class SegmentInfo:
     size_bytes: int
     created_ms: int
     key: str
+    etag: str | None = field(default=None, compare=False)
 
 
 def segment_key(store: ObjectStore, level: int, min_txid: int, max_txid: int) -> str:
@@ -227,4 +229,4 @@ def list_segments(
     for info in store.list(prefix, start_after):
         txids = parse_segment_name(info.key[len(prefix) :])
         if txids is not None:
-            yield SegmentInfo(level, *txids, info.size_bytes, info.modified_ms, info.key)
+            yield SegmentInfo(level, *txids, info.size_bytes, info.modified_ms, info.key, info.etag)

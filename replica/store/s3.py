@@ -3,8 +3,9 @@
 One request per call: the SDK's own retries are off, so that an unclear answer to a create-only
 write is never repeated behind the caller's back (``retrying.RetryingStore`` repeats, and tells).
 The exceptions are the parts of a multipart upload, which have no effect until the upload is
-completed: each is tried a few times here rather than sending gigabytes again; and a request that
-was refused because of its keys is sent once more when the SDK's chain has other keys by now.
+completed: each is tried a few times here rather than sending gigabytes again; the rest of a body
+that broke off, asked for with the tag of its beginning; and a request that was refused because of
+its keys, which is sent once more when the SDK's chain has other keys by now.
 
 How long a request may take: ``connect_timeout_s`` for the connection, ``read_timeout_s`` for any
 silence, and the content of an object must come faster than 16 KiB/s on average.  Nothing ends a
@@ -27,7 +28,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -77,6 +78,7 @@ _PART_PAUSES_S: Final = (0.2, 0.5, 1.0)  # before the 2nd, 3rd and 4th attempt a
 _TOP_FORMS: Final = ("", "/", "./")
 
 _READ_BYTES: Final = 64 * 1024  # of a body, at once
+_RESUMPTIONS: Final = 4  # of one body that breaks off
 _SLOWEST_BYTES_PER_S: Final = 16 * 1024
 _RENEWAL_PAUSE_S: Final = 10.0  # between two looks at the SDK's chain for other keys
 
@@ -136,6 +138,27 @@ _ADVICE: Final = {
 
 class _UnusableAnswer(Exception):
     """A success that cannot be one: no S3 store says this; a proxy does, or a broken server."""
+
+
+@dataclass(slots=True)
+class _Body:
+    """What has come of an object's content, from one answer or from several.
+
+    Attributes:
+        etag: of the version it belongs to.
+        is_broken: the connection ended before the content did.
+    """
+
+    pieces: list[bytes] = field(default_factory=list)
+    etag: str = ""
+    is_broken: bool = False
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(map(len, self.pieces))
+
+    def clear(self) -> None:
+        self.pieces.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,25 +318,47 @@ class S3Store:
             return b""
         last = "" if length is None else start + length - 1
 
+        body = _Body()
+
         def read(client: S3Client, name: str) -> bytes:
+            first = start + body.n_bytes
+            condition: dict[str, Any] = {"IfMatch": f'"{body.etag}"'} if body.n_bytes else {}
             answer = client.get_object(
-                Bucket=self._bucket, Key=name, Range=f"bytes={start}-{last}", **self._read_args
+                Bucket=self._bucket,
+                Key=name,
+                Range=f"bytes={first}-{last}",
+                **condition,
+                **self._read_args,
             )
-            content = self._read_body(answer)
             if answer["ResponseMetadata"]["HTTPStatusCode"] == 200 and (
-                start or length is not None
+                first or length is not None
             ):
-                # The server sent everything: some do when the range covers it, a few always.
+                # The server sends everything: some do when the range covers it, a few always.
+                body.clear()
+                content = self._read_body(answer, body)
                 return content[start : None if length is None else start + length]
-            _check_range(answer.get("ContentRange", ""), start, length, len(content))
+            content = self._read_body(answer, body)
+            rest = None if length is None else start + length - first
+            told = answer.get("ContentRange", "")
+            _check_range(told, first, rest, len(content) - (first - start))
             return content
 
-        try:
-            return self._call("read", key, read)
-        except StoreError as error:
-            if error.code in ("InvalidRange", "416"):  # `start` is at or behind the end
-                return b""
-            raise
+        for attempt in range(_RESUMPTIONS + 1):
+            n_before = body.n_bytes
+            try:
+                return self._call("read", key, read)
+            except PreconditionFailed as error:
+                raise self._unavailable(
+                    "read", key, "it was replaced while it was read", error.code or "412"
+                ) from error
+            except StoreError as error:
+                if error.code in ("InvalidRange", "416"):  # `start` is at or behind the end
+                    return b""
+                goes_on = error.retryable and body.is_broken and body.n_bytes > n_before
+                if attempt == _RESUMPTIONS or not goes_on:
+                    raise
+                _log.debug("read-resumed key=%s at=%d error=%s", key, body.n_bytes, error)
+        raise AssertionError
 
     def read(self, key: str, *, unless_etag: str | None = None) -> Version | None:
         condition: dict[str, Any] = {}
@@ -324,7 +369,7 @@ class S3Store:
             answer = client.get_object(
                 Bucket=self._bucket, Key=name, **condition, **self._read_args
             )
-            body = self._read_body(answer)
+            body = self._read_body(answer, _Body())
             now_ms = _date_ms(answer)
             if now_ms is None:
                 raise _UnusableAnswer("it has no Date")
@@ -668,26 +713,32 @@ class S3Store:
         except (OSError, HTTPError) as error:  # bodies are read from urllib3 itself
             raise self._unavailable(action, key, _one_line(error), type(error).__name__) from error
 
-    def _read_body(self, answer: GetObjectOutputTypeDef) -> bytes:
-        """The content of an object: as much as was announced, and no slower than is bearable."""
+    def _read_body(self, answer: GetObjectOutputTypeDef, body: _Body) -> bytes:
+        """The content of an object: as much as was announced, and no slower than is bearable.
+
+        What comes is added to ``body``, which also keeps it if the rest does not come.
+        """
         began = self._clock.monotonic()
         n_read = 0
-        pieces = []
+        body.is_broken = False
         with answer["Body"] as raw:
-            _need_etag(answer)
+            body.etag = _need_etag(answer)
             # Whatever has come: read() waits for all that it is asked for, so that a server could
             # keep it for hours.  Releases of urllib3 before 2.1 have nothing else.
             read = getattr(raw, "read1", raw.read)
+            body.is_broken = True
             while piece := read(_READ_BYTES):
-                pieces.append(piece)
+                body.pieces.append(piece)
                 n_read += len(piece)
                 bearable_s = self._settings.read_timeout_s + n_read / _SLOWEST_BYTES_PER_S
                 if self._clock.monotonic() - began > bearable_s:
+                    body.is_broken = False  # it would be as slow again
                     raise _UnusableAnswer(f"only {n_read} bytes came in {bearable_s:.0f} s")
         announced = answer.get("ContentLength")
         if announced is not None and n_read != announced:
             raise _UnusableAnswer(f"{n_read} bytes came of {announced}")
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        body.is_broken = False
+        return body.pieces[0] if len(body.pieces) == 1 else b"".join(body.pieces)
 
     def _what(self, action: str, key: str) -> str:
         return f"cannot {action} {key or '(anything)'} in {self.url}"

@@ -37,9 +37,12 @@ from walship.replica.errors import (
     StoreError,
     StoreUnavailable,
 )
+from walship.replica.follow import Step
 from walship.replica.marks import Mark
 from walship.replica.restore import RestoreResult
+from walship.replica.restore_front import follow_from as follow
 from walship.replica.restore_front import restore_from as restore
+from walship.replica.restore_front import update_from as update
 from walship.replica.sqlite import FencedError, NotYetReplicated, RefusedError, SpoolError
 from walship.replica.verify import Verification
 from walship.vfs.connection import Connection, Replication, configure, connect, replication
@@ -75,12 +78,15 @@ __all__ = [
     "RestoreResult",
     "SpoolError",
     "Status",
+    "Step",
     "StoreError",
     "StoreUnavailable",
     "Verification",
     "configure",
     "connect",
     "durable",
+    "follow",
     "replication",
     "restore",
+    "update",
 ]

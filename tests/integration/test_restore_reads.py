@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,8 @@ from walship.replica.clock import SystemClock
 from walship.replica.errors import ChecksumError, FormatError
 from walship.replica.format.ltx import PageEncoding, parse_index
 from walship.replica.format.types import lock_pgno
-from walship.replica.restore import RestoreResult, restore
-from walship.replica.store.base import ObjectInfo
+from walship.replica.restore import RestoreResult, find_source, restore
+from walship.replica.store.base import ObjectInfo, segment_key
 from walship.replica.store.local import LocalStore
 
 CLOCK = SystemClock()
@@ -243,3 +245,48 @@ def test_progress_grows_to_what_was_expected(large: Path, tmp_path: Path) -> Non
     )
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
     assert calls[-1][0] == result.bytes_fetched == calls[-1][1]
+
+
+def test_a_page_index_that_is_too_large_is_not_parsed(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory does not grow with a segment's index: above a limit the segment is read whole."""
+    monkeypatch.setattr("walship.replica.apply.INDEX_BYTES_MAX", 1000)
+    store = CountingStore(large)
+    result = restore(store, tmp_path / "out.db", clock=CLOCK)
+    assert (tmp_path / "out.db").read_bytes() == expected_content(large)
+    assert result.pages_decoded > N_PAGES
+    assert result.bytes_fetched > sum(sizes(large).values())
+
+
+class LongListing(LocalStore):
+    """A replica of very many segments, which are not there."""
+
+    logical_times = False
+
+    def __init__(self, root: Path, count: int) -> None:
+        super().__init__(root, CLOCK)
+        self.count = count
+
+    def list(self, prefix: str, start_after: str | None = None) -> Iterator[ObjectInfo]:
+        for txid in range(1, self.count + 1) if prefix == self.level_prefix(0) else ():
+            key = segment_key(self, 0, txid, txid)
+            yield ObjectInfo(key, 5_000, 1_700_000_000_000 + txid, f"{txid:032x}")
+
+    def head(self, key: str) -> ObjectInfo:
+        return ObjectInfo(key, 5_000, 1_700_000_000_000, f"{1:032x}")
+
+
+@pytest.mark.parametrize("timestamp_ms", [None, 1_800_000_000_000])
+def test_a_plan_takes_a_kilobyte_for_each_segment(tmp_path: Path, timestamp_ms: int | None) -> None:
+    """A listing and its plan stay below 100 MB for 100,000 segments, also by time."""
+    n_segments = 10_000
+    tracemalloc.start()
+    try:
+        source = find_source(LongListing(tmp_path, n_segments), timestamp_ms=timestamp_ms)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert source.plan is not None
+    assert len(source.plan.segments) == n_segments
+    assert peak_bytes < 1_000 * n_segments

@@ -20,7 +20,7 @@ LAYERS = "Imports point down: cli, sidecar, middleware, aio, vfs, replica"
 SIDECAR = "Imports point down: commands of the sidecar, its service, one database"
 ENGINE = "Imports point down: engine, store, format, base"
 BOTO = "Only the S3 store knows boto3"
-SQLITE = "SQLite is reached through the VFS, the port and the two checkers of files"
+SQLITE = "SQLite is reached through the VFS, the port and those that check or write files"
 SEES = "The VFS sees no store and no format"
 
 VIOLATIONS = [

@@ -126,7 +126,19 @@ def test_missing_txid_names_its_neighbours() -> None:
     listing = [segment(9, 1, 3), segment(1, 4, 0x10)]
     with pytest.raises(NoBackupError) as caught:
         plan(listing, txid=5)
-    assert "0000000000000003 and 0000000000000010" in str(caught.value)
+    assert (
+        "nearest that can be: 0000000000000003 (1970-01-01T00:00:03.000Z) and 0000000000000010"
+        " (1970-01-01T00:00:16.000Z)"
+    ) in str(caught.value)
+
+
+def test_missing_txid_names_the_nearest_that_can_be_restored() -> None:
+    """Behind many segments that lead nowhere the next state is found, however far it is."""
+    stray = [segment(0, txid, txid) for txid in range(20, 90)]
+    listing = [segment(0, 1, 1), segment(9, 1, 100), *stray]
+    for txid in (2, 19, 50, 99):
+        with pytest.raises(NoBackupError, match=r"0000000000000001 \(.*\) and 0000000000000064 \("):
+            plan(listing, txid=txid)
 
 
 def test_txid_above_the_newest_names_the_newest() -> None:

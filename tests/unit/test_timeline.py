@@ -21,7 +21,7 @@ from walship.replica.marks import (
     put_mark,
     remove_mark,
 )
-from walship.replica.plan import plan
+from walship.replica.plan import plan, restorable
 from walship.replica.store.base import SegmentInfo
 from walship.replica.timeline import Gap, read_timeline
 
@@ -88,9 +88,7 @@ def test_each_state_is_what_a_plan_says(rows: list[tuple[int, int, int]]) -> Non
         _segment(level, 1 if level == 9 else low, low + (0 if level == 0 else more))
         for level, low, more in rows
     ]
-    from walship.replica.timeline import _points
-
-    points, _ = _points(segments)
+    points = restorable(segments).points
     expected = [txid for txid in range(1, 30) if _restorable(segments, txid)]
     assert [point.max_txid for point in points] == expected
 
