@@ -549,6 +549,13 @@ def _parser() -> argparse.ArgumentParser:
     _config(made)
     _option(made, "exec", metavar="COMMAND", help="run this beside it, and end when it has ended")
     _option(made, "once", action="store_true", help="ship what is there, and end")
+    _option(made, "force-snapshot", action="store_true", help="with -once: then make a snapshot")
+    _option(
+        made,
+        "enforce-retention",
+        action="store_true",
+        help="with -once: then merge and remove what is due",
+    )
     _option(
         made,
         "restore-if-db-not-exists",
@@ -1182,6 +1189,8 @@ def _replicate(arguments: argparse.Namespace, clock: Clock) -> int:
         read,
         command=arguments.exec,
         only_once=arguments.once,
+        snapshot=arguments.force_snapshot,
+        tend=arguments.enforce_retention,
         restore_missing=arguments.restore_if_db_not_exists,
     )
 

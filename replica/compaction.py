@@ -23,9 +23,10 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, TypeVar
 
 from .clock import Clock
 from .errors import (
@@ -51,6 +52,7 @@ from .levels import (
     snapshot,
 )
 from .marks import KnownMarks, list_marks, pinned
+from .sqlite import FencedError
 from .store.base import (
     SHA256_METADATA,
     ObjectStore,
@@ -80,6 +82,8 @@ _DELETE_BATCH: Final = 1000
 #: Of so many TXIDs one is cleaned up after at once.
 _SHORT_LIVES: Final = 32
 _NEVER: Final = float("inf")
+
+_T = TypeVar("_T")
 
 _SUFFIX: Final = ".kept"
 _MERGING: Final = ".merging"
@@ -233,6 +237,7 @@ class Levels:
         self._is_stopping = is_stopping
         self._kept = kept or Kept(directory, files)
         self._news: queue.SimpleQueue[SegmentInfo] = queue.SimpleQueue()
+        self._demands: queue.SimpleQueue[tuple[bool, Future[int]]] = queue.SimpleQueue()
         # Guards changes of `due`, by `step` and by what is acknowledged meanwhile.
         self._due_lock = threading.Lock()
         #: When `step` wants to be called, by the monotonic clock; infinite while all is done.
@@ -284,6 +289,21 @@ class Levels:
         """
         self._resting = True
 
+    def demand(self, *, snapshot: bool) -> Future[int]:
+        """Ask that what is due be done now: merging, removing what need not be kept any more.
+
+        Args:
+            snapshot: have one of the newest state that the replica has, whatever the interval.
+
+        Returns:
+            The TXID of the newest snapshot, which is that state unless it is damaged; ends with the
+            error that was in the way, and is not tried again.
+        """
+        future: Future[int] = Future()
+        self._demands.put((snapshot, future))
+        self._want(0.0)
+        return future
+
     def _want(self, wait_s: float) -> None:
         """Have `step` called in so many seconds, or earlier if somebody else wants that."""
         with self._due_lock:
@@ -307,18 +327,27 @@ class Levels:
         """
         with self._due_lock:
             self.due = _NEVER
+        demands = _all_of(self._demands)
         try:
-            wait_s = self._step()
-        except ClosedError:
+            self._active = self._active or bool(demands)
+            wait_s = self._step(snapshot_demanded=any(snapshot for snapshot, _ in demands))
+        except ClosedError as error:
+            _end(demands, error)
             return
+        except FencedError as error:
+            _end(demands, error)
+            raise
         except (StoreError, FormatError, RestoreError, OSError) as error:
+            _end(demands, error)
             wait_s = self._failed(error)
             self._retry_at = self._clock.monotonic() + wait_s
         else:
             self._failures, self._told, self._retry_at = 0, "", -_NEVER
+            snapshots = self._listing[LEVEL_SNAPSHOT] if self._listing is not None else ()
+            _end(demands, snapshots[-1].max_txid if snapshots else 0)
         self._want(wait_s)
 
-    def _step(self) -> float:
+    def _step(self, *, snapshot_demanded: bool) -> float:
         now = self._clock.monotonic()
         if any(damage.retry_at <= now for damage in self._damaged.values()):
             self._listing = None  # somebody may have mended it
@@ -327,6 +356,10 @@ class Levels:
             return _NEVER
         now_ms = self._clock.now_ms()
         self._merge_all(listing, now_ms)
+        if snapshot_demanded:
+            made = snapshot(listing, self._settings, now_ms, demanded=True)
+            if made is not None:
+                self._carry_out(listing, made)
         self._delete_expired(listing, now_ms)
         due_ms = next_due_ms(listing, self._settings, now_ms)
         waits_s = [damage.retry_at - now for damage in self._damaged.values()]
@@ -345,10 +378,7 @@ class Levels:
 
     def _current(self) -> Listing | None:
         """The listing with what was acknowledged since; None while nothing ever was."""
-        news: list[SegmentInfo] = []
-        with contextlib.suppress(queue.Empty):
-            while True:
-                news.append(self._news.get_nowait())
+        news = _all_of(self._news)
         self._active = self._active or bool(news)
         if self._listing is None:
             if not self._active:
@@ -603,6 +633,25 @@ class Levels:
                 )
                 return
             listing.remove(batch)
+
+
+def _all_of(waiting: queue.SimpleQueue[_T]) -> list[_T]:
+    """Take everything out of a queue."""
+    found: list[_T] = []
+    with contextlib.suppress(queue.Empty):
+        while True:
+            found.append(waiting.get_nowait())
+    return found
+
+
+def _end(demands: Sequence[tuple[bool, Future[int]]], outcome: int | Exception) -> None:
+    for _, future in demands:
+        if not future.set_running_or_notify_cancel():
+            continue
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
 
 
 class _Fetch:

@@ -185,7 +185,7 @@ class Engine:
                 "(meta-path puts the directory elsewhere)"
             ) from error
         self._peers = Peers(spool.files, spool.directory, pipe, self._handle)
-        levels = Levels(
+        self._levels = levels = Levels(
             self.name,
             store,
             clock,
@@ -612,6 +612,31 @@ class Engine:
             return future.result(timeout)
         except TimeoutError:
             future.cancel()
+            raise self.not_yet(timeout) from None
+
+    def tend(self, *, snapshot: bool, timeout: float) -> int:
+        """Merge and clean up what is due now; with everything committed so far in the replica.
+
+        Args:
+            snapshot: also make one, whatever its interval.
+
+        Returns:
+            The TXID of the newest snapshot.
+
+        Raises:
+            RefusedError: another process uploads.
+            NotYetReplicated: the time ended first.
+            ReplicaError: it cannot be done; the message says why.
+        """
+        deadline = self._clock.monotonic() + timeout
+        self.sync(timeout)
+        if not self.uploader.leads:
+            raise RefusedError(f"{self.name}: another process uploads, and it alone can do this")
+        future = self._levels.demand(snapshot=snapshot)
+        self.uploader.ring()
+        try:
+            return future.result(max(0.0, deadline - self._clock.monotonic()))
+        except TimeoutError:
             raise self.not_yet(timeout) from None
 
     def sync_future(self) -> Future[int]:

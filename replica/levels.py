@@ -228,17 +228,26 @@ def _pending(listing: Listing, level: int) -> Sequence[SegmentInfo]:
     return below[bisect_right(below, done, key=_by_min) :]
 
 
-def snapshot(listing: Listing, settings: LevelSettings, now_ms: int) -> Compaction | None:
+def snapshot(
+    listing: Listing, settings: LevelSettings, now_ms: int, *, demanded: bool = False
+) -> Compaction | None:
     """The snapshot to make now, of what the replica holds; None if there need not be one.
+
+    Args:
+        demanded: whether there has to be one of the newest state, whatever the interval.
 
     Raises:
         GapError, NoBackupError: the replica's newest state cannot be restored.
     """
     snapshots = listing[LEVEL_SNAPSHOT]
     interval_ms = settings.interval_ms(LEVEL_SNAPSHOT)
-    if not interval_ms or not _has_news(listing):
+    if demanded:
+        has_news = listing.head > listing.reach(LEVEL_SNAPSHOT)
+    else:
+        has_news = interval_ms > 0 and _has_news(listing)
+    if not has_news:
         return None
-    if snapshots:
+    if snapshots and not demanded:
         newest_ms = snapshots[-1].created_ms
         if newest_ms // interval_ms == now_ms // interval_ms:
             return None

@@ -157,6 +157,14 @@ def test_once(tmp_path: Path) -> None:
         with replicating("-once", path, replica, log=log) as running:
             assert running.wait() == 0, running.said()
         _assert_same(path, replica)
+    with replicating("-once", "-force-snapshot", path, replica, log=log) as running:
+        assert running.wait() == 0, running.said()
+    snapshots = sorted((replica / "ltx" / "9").iterdir())
+    assert int(snapshots[-1].name[17:33], 16) >= 2
+    _assert_same(path, replica)
+    with replicating("-force-snapshot", path, replica, log=log) as running:
+        assert running.wait() == 1
+        assert "-once" in running.said()
     with replicating("-once", tmp_path / "no.db", tmp_path / "other", log=log) as running:
         assert running.wait() == 1
         assert "no.db" in running.said()

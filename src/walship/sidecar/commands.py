@@ -25,6 +25,8 @@ def replicate(
     *,
     command: str | None,
     only_once: bool,
+    snapshot: bool,
+    tend: bool,
     restore_missing: bool,
 ) -> int:
     """Replicate the databases of a configuration.
@@ -33,6 +35,7 @@ def replicate(
         read: reads it, now and at SIGHUP.
         command: to run beside it, in place of the configuration's ``exec``.
         only_once: ship what is there, and end.
+        snapshot, tend: before that, see `program.once`.
         restore_missing: restore databases first whose files are missing.
 
     Returns:
@@ -49,7 +52,9 @@ def replicate(
         )
     service = Service(restore_missing=restore_missing)
     if only_once:
-        return once(service, settings.all_databases())
+        return once(service, settings.all_databases(), snapshot=snapshot, tend=tend)
+    if snapshot or tend:
+        raise ConfigError("-force-snapshot and -enforce-retention go with -once")
     with _controlled(service, settings):
         return run(service, _listing(settings), lambda: _listing(read()), command or settings.exec)
 

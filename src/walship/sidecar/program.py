@@ -111,21 +111,33 @@ def run(
     return code or (0 if drained else 1)
 
 
-def once(service: Service, databases: list[DatabaseSettings]) -> int:
+def once(service: Service, databases: list[DatabaseSettings], *, snapshot: bool, tend: bool) -> int:
     """Ship everything that is there, and end.
+
+    Args:
+        snapshot: then have a snapshot made of each.
+        tend: then have merged and removed what may be.
 
     Returns:
         The exit code: 0 if every database is in its replica.
     """
     service.set(databases)
     _wait_opened(service)
-    failed = [worker.path for worker in service.workers() if not _sync(worker)]
+    failed = [
+        worker.path
+        for worker in service.workers()
+        if not _sync(worker, tend=tend or snapshot, snapshot=snapshot)
+    ]
     return 0 if service.close() and not failed else 1
 
 
-def _sync(worker: Worker) -> bool:
+def _sync(worker: Worker, *, tend: bool, snapshot: bool) -> bool:
     try:
-        txid = worker.sidecar().sync(_ONCE_S)
+        sidecar = worker.sidecar()
+        txid = sidecar.sync(_ONCE_S)
+        if tend:
+            newest = sidecar.engine.tend(snapshot=snapshot, timeout=_ONCE_S)
+            log.info("%s: newest snapshot: txid %016x", worker.path, newest)
     except ReplicaError as error:
         log.error("%s: %s", worker.path, error)
         return False
