@@ -673,7 +673,12 @@ def _running(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="how long to wait for the answer of each process (1)",
     )
-    _option(parser, "socket", metavar="PATH", help=argparse.SUPPRESS)
+    _option(
+        parser,
+        "socket",
+        metavar="PATH",
+        help="ask `walship replicate` on this control socket instead",
+    )
     _json(parser)
 
 
@@ -1240,7 +1245,9 @@ def _databases(arguments: argparse.Namespace, clock: Clock) -> int:
 
 
 def _list(arguments: argparse.Namespace, clock: Clock) -> int:
-    _warn_of_socket(arguments)
+    if arguments.socket is not None:
+        answer = control(arguments.socket, "list", arguments.timeout)
+        return _print_list(arguments, answer["databases"])
     settings, _ = _required_config(arguments)
     rows = []
     for database in settings.all_databases():
@@ -1251,6 +1258,10 @@ def _list(arguments: argparse.Namespace, clock: Clock) -> int:
             if running.last_upload_ms is not None:
                 row["last_sync_at"] = _timestamp(running.last_upload_ms)
         rows.append(row)
+    return _print_list(arguments, rows)
+
+
+def _print_list(arguments: argparse.Namespace, rows: Sequence[Mapping[str, object]]) -> int:
     if arguments.json:
         _print_json({"databases": rows})
         return EXIT_OK
@@ -1260,13 +1271,15 @@ def _list(arguments: argparse.Namespace, clock: Clock) -> int:
     return EXIT_OK
 
 
-def _warn_of_socket(arguments: argparse.Namespace) -> None:
-    if arguments.socket is not None:
-        _say("warning: -socket is not needed: the processes that have the databases open are asked")
-
-
 def _info(arguments: argparse.Namespace, clock: Clock) -> int:
-    _warn_of_socket(arguments)
+    if arguments.socket is not None:
+        answer = control(arguments.socket, "info", arguments.timeout)
+        if arguments.json:
+            _print_json(answer)
+            return EXIT_OK
+        for name, value in answer.items():
+            print(f"{name}: {value}")
+        return EXIT_OK
     settings, file = _required_config(arguments)
     by_process: dict[int, list[str]] = {}
     for database in settings.all_databases():

@@ -141,8 +141,9 @@ def test_a_url_in_a_real_shell(quote: str, code: int, tmp_path: Path) -> None:
     assert (tmp_path / "my.db").exists() == bool(quote)
 
 
-def test_a_socket_is_not_needed(run: Run, config: Path) -> None:
-    """Litestream's option is understood, and said to be unnecessary."""
-    code, _, err = run("list", "-socket", "/var/run/x.sock", "-config", config)
-    assert code == 0
-    assert "-socket is not needed" in err
+def test_a_socket_that_nobody_answers_on(run: Run, tmp_path: Path) -> None:
+    """With Litestream's option the program behind the socket is asked, or missed."""
+    for command in ("list", "info"):
+        code, out, err = run(command, "-socket", str(tmp_path / "x.sock"))
+        assert (code, out) == (1, "")
+        assert "walship replicate" in err

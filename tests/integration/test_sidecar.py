@@ -328,6 +328,8 @@ def test_the_control_socket(tmp_path: Path) -> None:
         assert "started" in walship_command("start", other)[1]
         assert "unregistered" in walship_command("unregister", other)[1]
         assert "already_unregistered" in walship_command("unregister", other)[1]
+        assert "[replicating]" in walship_command("list")[1]
+        assert f"pid: {running.pid}" in walship_command("info")[1]
         info = call(socket, "GET", "/info", None, 9)
         assert (info["pid"], info["database_count"]) == (running.pid, 1)
         for method, target, body, status in (
