@@ -36,7 +36,7 @@ def run(setting: Setting) -> list[Row]:
 
 def _requests(setting: Setting) -> Row:
     """Of databases that commit once a second, both contestants at the same time."""
-    seconds = int(setting.pick(240, 70))
+    seconds = int(setting.pick(240, 30))
     counts: dict[str, Sample | None] = {}
     with contextlib.ExitStack() as stack:
         watched = []
@@ -50,7 +50,7 @@ def _requests(setting: Setting) -> Row:
                 "path": str(place.database),
                 "replica": place.replica(url=way.url),
                 "rate": 1,
-                "commits": seconds + 8,
+                "commits": seconds + 40,
             }
             worker = stack.enter_context(Worker(job, setting))
             worker.wait_ready()
@@ -60,7 +60,7 @@ def _requests(setting: Setting) -> Row:
             watched.append((name, way, worker))
         for _, _, worker in watched:
             worker.go()
-        time.sleep(4)  # opening is over
+        time.sleep(34)  # opening is over, and so is the first look at what is there
         began = time.monotonic()
         time.sleep(seconds)
         ended = time.monotonic()
