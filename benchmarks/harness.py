@@ -342,8 +342,12 @@ class Litestream:
 
     Args:
         databases: replica settings by database path.
-        interval: both `monitor-interval` and `sync-interval`; None leaves Litestream's defaults.
+        interval: both `monitor-interval` and `sync-interval`; None leaves the defaults.
     """
+
+    def command(self, config: Path) -> list[str]:
+        """What is run."""
+        return [litestream_program(), "replicate", "-config", str(config)]
 
     def __init__(
         self,
@@ -365,7 +369,7 @@ class Litestream:
         self._place = place
         with self.log.open("w") as output:
             self.process = subprocess.Popen(
-                [litestream_program(), "replicate", "-config", str(config)],
+                self.command(config),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -390,6 +394,17 @@ class Litestream:
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.kill()
+
+
+class WalshipBeside(Litestream):
+    """``walship replicate``, with the very same configuration file."""
+
+    def command(self, config: Path) -> list[str]:
+        return [sys.executable, "-m", "walship.cli", "replicate", "-config", str(config)]
+
+
+#: What runs beside an application that knows nothing of it.
+BESIDE = {LITESTREAM: Litestream, WALSHIP: WalshipBeside}
 
 
 def litestream_program() -> str:

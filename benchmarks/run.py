@@ -50,6 +50,7 @@ TOPICS = (
     "outage",
     "takeover",
     "resync",
+    "sidecar",
     "levels",
 )
 

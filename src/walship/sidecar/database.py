@@ -92,18 +92,21 @@ class Sidecar:
         """Whether the path is another file by now, or none: close this one and begin again."""
         return _identity(self._path) != self._identity
 
-    def poll(self) -> None:
+    def poll(self) -> bool:
         """Look whether something was committed, and keep the WAL from growing; never raises.
 
         Costs a few microseconds while nothing happens.
+
+        Returns:
+            Whether something has happened since it was last false.
         """
         header = self._engine.port.index_header()
         if header == self._seen:
-            return
+            return False
         self._engine.uploader.ring()
         now = self._clock.monotonic()
         if now < self._next_hold:
-            return  # and looked at again, because it was not noted
+            return True  # and looked at again, because it was not noted
         self._next_hold = now + _HOLD_S
         try:
             self._hold.advance()
@@ -117,6 +120,7 @@ class Sidecar:
         except (apsw.Error, ReplicaError) as error:
             self._engine.note_trouble(error)
             self._next_hold = now + _TROUBLE_S
+        return True
 
     def sync(self, timeout: float | None) -> int:
         """As `walship.Replication.sync`."""

@@ -27,6 +27,9 @@ WorkerState = Literal["opening", "waiting", "replicating", "failed", "stopped"]
 
 #: Pauses between two looks at a database, seconds: a tenth of its sync interval, within these.
 _POLL_S: Final = (0.01, 0.1)
+#: The same once nothing has happened for a number of looks.
+_IDLE_POLL_S: Final = 0.25
+_IDLE_POLLS: Final = 20
 #: Pause before a database that is not there, or cannot be opened yet, is looked for again, seconds.
 _RETRY_S: Final = 1.0
 #: The same after a refusal, which takes a person to end it, seconds.
@@ -146,8 +149,11 @@ class Worker:
         return path.exists() and path.stat().st_size > 0
 
     def _watch(self, sidecar: Sidecar) -> float:
-        while not self._stopping.wait(self._poll_s):
-            sidecar.poll()
+        quiet = 0
+        while not self._stopping.wait(
+            self._poll_s if quiet < _IDLE_POLLS else max(self._poll_s, _IDLE_POLL_S)
+        ):
+            quiet = 0 if sidecar.poll() else quiet + 1
             if sidecar.fatal is not None:
                 self._become("failed", sidecar.fatal, told=True)
                 return _REFUSED_S
