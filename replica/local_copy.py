@@ -2,8 +2,9 @@
 
 It sits under `replica.follow`, which knows what the next state is.  SQLite has no call that writes
 given pages as a transaction, so this appends them to the database's WAL itself, in SQLite's format:
-readers with plain SQLite see each transaction whole or not at all, are never blocked, and never
-block it.
+readers with plain SQLite see each transaction whole or not at all.  Read transactions go on; one
+that begins while the index is rebuilt, which takes as long as reading the log (a few MiB), waits if
+it has a busy timeout.
 
 How a transaction happens::
 

@@ -213,6 +213,68 @@ def test_readers_see_whole_states(source: Source, tmp_path: Path) -> None:
     assert note_path(output).read_text().splitlines()[0] == f"{txid:016x}"
 
 
+_READER = """
+import json, select, sqlite3, sys
+uri, reopen = sys.argv[1], sys.argv[2] == "reopen"
+seen, faults, n = [], [], 0
+db = sqlite3.connect(uri, uri=True, timeout=30)
+print("ready", flush=True)
+while not select.select([sys.stdin], [], [], 0)[0]:
+    if reopen and n % 5 == 0:
+        db.close()
+        db = sqlite3.connect(uri, uri=True, timeout=30)
+    low, high, count = db.execute("SELECT min(x), max(x), count(*) FROM t").fetchone()
+    if low != high or (seen and low < seen[-1]):
+        faults.append([low, high, seen[-1:]])
+    if n % 20 == 0 and db.execute("PRAGMA integrity_check").fetchone() != ("ok",):
+        faults.append("not sound")
+    seen.append(low)
+    n += 1
+print(json.dumps([len(set(seen)), faults]))
+"""
+
+
+def test_many_readers_in_other_processes(source: Source, tmp_path: Path) -> None:
+    """Readers that read all the time see one state after the other, each whole, none again."""
+    db = source.connection
+    db.execute("CREATE TABLE t (n INTEGER PRIMARY KEY, x)")
+    db.execute(
+        "WITH r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r LIMIT 500) "
+        "INSERT INTO t SELECT n, 0 FROM r"
+    )
+    source.sync()
+    output = tmp_path / "copy.db"
+    follower, _ = Follower.open(local_store(source.root), output, clock=CLOCK)
+    readers = [
+        subprocess.Popen(
+            [sys.executable, "-c", _READER, f"file:{output}{more}", reopen],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for more, reopen in (("", "stay"), ("?mode=ro", "reopen"))
+    ]
+    with closing(follower):
+        for each in readers:
+            assert each.stdout is not None
+            assert each.stdout.readline() == "ready\n"
+        for x in range(1, 81):
+            db.execute("UPDATE t SET x = ?", (x,))
+            if x % 10 == 0:
+                db.execute("DELETE FROM t WHERE n > ?", (500 - 3 * x,))
+                db.execute("VACUUM")
+            source.sync()
+            follower.step()
+            follower.copy.trim(at_bytes=50_000)
+            follower._end = follower.copy.end()
+        for each in readers:
+            output_of, _ = each.communicate("stop", timeout=60)
+            n_states, faults = json.loads(output_of)
+            assert faults == []
+            assert n_states > 1
+            assert each.returncode == 0
+
+
 def test_an_idle_look_is_one_request(source: Source, tmp_path: Path) -> None:
     """Nothing new: one LIST, of level 0.  Something new: one LIST, and one GET for each segment."""
     source.write(5)

@@ -21,6 +21,7 @@ from walship.replica.clock import SystemClock
 from walship.replica.config import parse_replica
 from walship.replica.errors import ContinuityError
 from walship.replica.follow import Follower, note_path, update
+from walship.replica.format.types import format_segment_name
 from walship.replica.restore import restore
 from walship.replica.store.base import ObjectStore
 from walship.replica.store.opening import open_store
@@ -131,3 +132,40 @@ def count_of(path: Path) -> int:
         assert db.pragma("integrity_check") == "ok"
     assert rows == list(range(1, len(rows) + 1))
     return len(rows)
+
+
+def test_follows_walship_while_it_compacts(tmp_path: Path) -> None:
+    """A copy whose next segments walship has merged and deleted goes on through the levels."""
+    replica = {"path": str(tmp_path / "replica"), "sync-interval": 0}
+    settings = {
+        "levels": ["1s", "2s"],
+        "fence_lease": "3s",
+        "l0_retention": "3s",
+        "l0_retention_check_interval": "1s",
+    }
+    output = tmp_path / "copy.db"
+    fresh = tmp_path / "replica" / "ltx" / "0"
+    with (
+        closing(walship.connect(tmp_path / "app.db", replica, **settings)) as db,
+        closing(opened(replica)) as store,
+    ):
+        db.execute("CREATE TABLE t (n INTEGER PRIMARY KEY, content BLOB)")
+        walship.replication(db).sync(WAIT_S)
+        start = update(store, output, clock=CLOCK).txid
+        ends_at = CLOCK.monotonic() + WAIT_S
+        n = 0
+        # Until the segment behind the one that the copy holds is gone from level 0.
+        while CLOCK.monotonic() < ends_at:
+            n += 1
+            db.execute("INSERT INTO t VALUES (?, zeroblob(300))", (n,))
+            last = walship.replication(db).sync(WAIT_S)
+            if n > 20 and min(fresh.iterdir()).name > format_segment_name(start + 2, start + 2):
+                break
+            CLOCK.sleep(0.02)
+        step = update(store, output, clock=CLOCK)
+        assert step.txid == last
+        assert step.n_segments < last - start
+        assert count_of(output) == n
+        update(store, output, clock=CLOCK)
+        restore(store, tmp_path / "expected.db", clock=CLOCK)
+        assert_same_bytes(output, tmp_path / "expected.db")
