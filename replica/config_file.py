@@ -39,7 +39,14 @@ from walship.replica.values import (
     parse_web_url,
 )
 
-__all__ = ["GLOBAL_KEYS", "LoggingSettings", "Settings", "SocketSettings", "read_settings"]
+__all__ = [
+    "GLOBAL_KEYS",
+    "LOG_LEVELS",
+    "LoggingSettings",
+    "Settings",
+    "SocketSettings",
+    "read_settings",
+]
 
 #: Litestream's limit: watchdogs are not to be flooded.
 _LEAST_HEARTBEAT_S: Final = 60.0
@@ -99,8 +106,10 @@ GLOBAL_KEYS: Final[Mapping[str, Parser]] = {
 #: Their fields in `Settings`, where those have another name.
 _FIELDS: Final = {"heartbeat-url": "heartbeat_url", "heartbeat-interval": "heartbeat_interval_s"}
 _SECTIONS: Final = ("dbs", "logging")
+#: What ``level`` may be.
+LOG_LEVELS: Final = ("trace", "debug", "info", "warn", "warning", "error")
 _LOGGING_KEYS: Final[Mapping[str, Parser]] = {
-    "level": parse_choice("trace", "debug", "info", "warn", "warning", "error"),
+    "level": parse_choice(*LOG_LEVELS),
     "type": parse_choice("text", "json", "pretty"),
     "stderr": parse_bool,
     "source": parse_bool,

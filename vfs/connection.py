@@ -334,7 +334,8 @@ def configure(
         )
     found = load_config(path, strict=strict, expand_env=expand_env)
     registry.configure(*found.databases, directories=found.directories)
-    services.configure(found)
+    if found.addr is not None or found.heartbeat_url is not None:
+        services.configure(found)
 
 
 def replication(database: apsw.Connection | str | os.PathLike[str]) -> Replication:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import Final
 
 from walship.replica.config import Settings
@@ -35,27 +36,44 @@ class Services:
         # Guards the fields below.
         self._lock = threading.Lock()
         self._settings = Settings()
+        self._trouble: Callable[[], str | None] = lambda: None
         self._begun = False
         self._server: MetricsServer | None = None
         self._heartbeat: Heartbeat | None = None
         registry.services = self
 
-    def configure(self, settings: Settings) -> None:
-        """What is asked for from now on; a file that asks for nothing changes nothing."""
-        if settings.addr is None and settings.heartbeat_url is None:
-            return
+    def configure(
+        self, settings: Settings, trouble: Callable[[], str | None] = lambda: None
+    ) -> None:
+        """What is asked for from now on, in place of what was asked for before.
+
+        Args:
+            trouble: says what else keeps replication from being well, or None.
+        """
         with self._lock:
-            self._close()
-            self._settings = settings
-            if self._begun:
+            before, self._settings = self._settings, settings
+            self._trouble = trouble
+            if self._begun and _asked(before) != _asked(settings):
+                self._close()
                 self._start()
 
     def start(self) -> None:
         """A database is open; what cannot be begun is said in the log, and keeps nobody up."""
         with self._lock:
-            self._begun = True
-            if self._server is None and self._heartbeat is None:
+            if not self._begun:
+                self._begun = True
                 self._start()
+
+    def start_now(self) -> None:
+        """Begin before any database is open.
+
+        Raises:
+            ConfigError: metrics cannot be served.
+        """
+        with self._lock:
+            self._start_server()
+            self._start_heartbeat()
+            self._begun = True
 
     def close(self) -> None:
         """End what runs, until the next `start`."""
@@ -72,18 +90,24 @@ class Services:
         self._server = self._heartbeat = None
 
     def _start(self) -> None:
+        try:
+            self._start_server()
+        except ConfigError as error:
+            log.warning("this process serves no metrics: %s", error)
+        self._start_heartbeat()
+
+    def _start_server(self) -> None:
+        if self._settings.addr is not None:
+            self._server = serve_metrics(self._settings.addr)
+
+    def _start_heartbeat(self) -> None:
         settings = self._settings
-        if settings.addr is not None:
-            try:
-                self._server = serve_metrics(settings.addr)
-            except ConfigError as error:
-                log.warning("this process serves no metrics: %s", error)
         if settings.heartbeat_url is not None:
             interval_s = settings.heartbeat_interval_s
             self._heartbeat = Heartbeat(
                 settings.heartbeat_url,
                 interval_s,
-                lambda: self._trouble(interval_s),
+                lambda: self._what_is_wrong(interval_s),
                 self._registry.host.clock,
             )
             self._heartbeat.start()
@@ -95,16 +119,22 @@ class Services:
             self._heartbeat.close()
         self._server = self._heartbeat = None
 
-    def _trouble(self, limit_s: float) -> str | None:
+    def _what_is_wrong(self, limit_s: float) -> str | None:
+        if trouble := self._trouble():
+            return trouble
         engines = self._registry.engines()
         if not engines:
             return "no database is open"
         found = [engine.status() for engine in engines]
-        for status in found:
-            if trouble := trouble_of(status, limit_s):
-                return trouble
+        bad = [trouble for status in found if (trouble := trouble_of(status, limit_s))]
+        if bad:
+            return bad[0]
         # Of several processes those that upload have their say.
         return None if any(status.uploader for status in found) else ""
+
+
+def _asked(settings: Settings) -> tuple[object, ...]:
+    return settings.addr, settings.heartbeat_url, settings.heartbeat_interval_s
 
 
 def trouble_of(status: Status, limit_s: float) -> str | None:
