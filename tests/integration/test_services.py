@@ -239,7 +239,7 @@ def test_what_is_trouble(changes: dict[str, object], trouble: str | None) -> Non
 
 
 def test_the_sidecar(tmp_path: Path, port: int, beats: tuple[str, list[str]]) -> None:
-    """``walship replicate`` serves ``addr`` before there is any database, and logs as it is told."""
+    """``walship replicate`` serves metrics before there is a database, and logs as it is told."""
     url, _ = beats
     file = configuration(
         tmp_path,
