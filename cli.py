@@ -36,6 +36,7 @@ from walship.replica.config import (
     default_replica,
     find_config,
     load_config,
+    log_level,
     parse_replica,
 )
 from walship.replica.config_file import SocketSettings
@@ -1169,7 +1170,6 @@ def _required_config(arguments: argparse.Namespace) -> tuple[Settings, Path]:
 
 
 def _replicate(arguments: argparse.Namespace, clock: Clock) -> int:
-    logging.getLogger("walship").setLevel(_LOG_LEVELS[arguments.log_level or "info"])
     if arguments.database is not None and arguments.replica is None:
         raise ConfigError(
             f"where to? Try: walship replicate {arguments.database} s3://bucket/path (or name the"
@@ -1188,7 +1188,8 @@ def _replicate(arguments: argparse.Namespace, clock: Clock) -> int:
         if arguments.socket is not None:
             permissions = settings.socket or SocketSettings()
             settings = replace(settings, socket=replace(permissions, path=arguments.socket))
-        return settings
+        level = arguments.log_level or log_level() or settings.logging.level
+        return replace(settings, logging=replace(settings.logging, level=level))
 
     return replicate(
         read,
@@ -1218,12 +1219,6 @@ def _control(arguments: argparse.Namespace, clock: Clock) -> int:
 
 
 _TXIDS: Final = ("txid", "replicated_txid")
-_LOG_LEVELS: Final[Mapping[str, int]] = {
-    "debug": logging.DEBUG,
-    "info": logging.INFO,
-    "warn": logging.WARNING,
-    "error": logging.ERROR,
-}
 
 
 def _databases(arguments: argparse.Namespace, clock: Clock) -> int:

@@ -144,6 +144,10 @@ class Capture:
         # Why history is not continuous, if even that could not be recorded (disk full): the next
         # start then finds a WAL that the record does not name.
         self._unrecorded: str | None = None
+        #: Bytes of WAL frames that this process has sealed; guarded by the mutex.
+        self.wal_bytes = 0
+        #: Checkpoints that this process has begun.
+        self.checkpoints = 0
         #: The last `take` did not take all: it was cut at the limit of one segment, or a gate is
         #: about to seal the rest.
         self.more = False
@@ -422,6 +426,7 @@ class Capture:
         # that here.
         with self._note_lock:
             salts = self._note_wal.salts()
+            self.checkpoints += 1
         if salts is not None:
             self._known_end = (salts, published.mx_frame)
 
@@ -1143,6 +1148,7 @@ class Capture:
             sealed = replace(_describe(header, sink), txid=0, header_txid=txid)
             after = replace(after, timestamp_ms=header.timestamp_ms)
             self._spool.add_piece(after, sealed, body)
+            self.wal_bytes += header.wal_size
         except BaseException:
             sink.abandon()
             raise
@@ -1154,7 +1160,9 @@ class Capture:
             self._encode(batch, header, sink, self._port.read_main)
             body = sink.finish()
             after = _frozen(after, header, sink)
-            return self._spool.add_segment(after, _describe(header, sink), body)
+            segment = self._spool.add_segment(after, _describe(header, sink), body)
+            self.wal_bytes += header.wal_size
+            return segment
         except BaseException:
             sink.abandon()
             raise

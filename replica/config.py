@@ -21,7 +21,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from walship.replica.config_file import GLOBAL_KEYS, LoggingSettings, Settings, read_settings
+from walship.replica.config_file import (
+    GLOBAL_KEYS,
+    LOG_LEVELS,
+    LoggingSettings,
+    Settings,
+    read_settings,
+)
 from walship.replica.config_text import expand_text, load_text
 from walship.replica.directories import DIRECTORY_KEYS, DirectorySettings
 from walship.replica.errors import ConfigError
@@ -55,6 +61,7 @@ __all__ = [
     "default_replica",
     "find_config",
     "load_config",
+    "log_level",
     "parse_replica",
 ]
 
@@ -202,6 +209,15 @@ def load_config(
         )
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
+
+
+def log_level(environ: Mapping[str, str] | None = None) -> str | None:
+    """The level that ``LOG_LEVEL`` names, in lower case; None if it is not set, or names none.
+
+    Other programs read that variable too, with levels of their own: those are passed over.
+    """
+    level = _environment(environ).get("LOG_LEVEL", "").strip().lower()
+    return level if level in LOG_LEVELS else None
 
 
 # --- small things --------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ Litestream's format; keys may be written with hyphens or underscores.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,21 +30,35 @@ from walship.replica.settings import (
     make_replica,
 )
 from walship.replica.store.settings import LocalSettings
-from walship.replica.values import parse_bool, parse_choice, parse_text
+from walship.replica.values import (
+    parse_address,
+    parse_bool,
+    parse_choice,
+    parse_duration,
+    parse_text,
+    parse_web_url,
+)
 
-__all__ = ["GLOBAL_KEYS", "LoggingSettings", "Settings", "SocketSettings", "read_settings"]
+__all__ = [
+    "GLOBAL_KEYS",
+    "LOG_LEVELS",
+    "LoggingSettings",
+    "Settings",
+    "SocketSettings",
+    "read_settings",
+]
+
+#: Litestream's limit: watchdogs are not to be flooded.
+_LEAST_HEARTBEAT_S: Final = 60.0
 
 
-def _parse_address(name: str, value: object) -> str:
-    text = parse_text(name, value)
-    match = re.fullmatch(r"(?:\[[0-9a-fA-F:.]+\]|[^\s:\[\]/]*):(\d{1,5})", text)
-    if match is None or int(match[1]) > 65535:
-        raise ConfigError(f"{name}: not an address: {text!r} (:9090 or 127.0.0.1:9090)")
-    return text
+def _parse_heartbeat_interval(name: str, value: object) -> float:
+    interval_s = parse_duration(name, value)
+    if interval_s < _LEAST_HEARTBEAT_S:
+        raise ConfigError(f"{name}: must be at least 1m")
+    return interval_s
 
 
-#: Keys of a file's top level that concern the whole program, and how each is read.  Settings of
-#: replicas and databases may stand there too: they are defaults.
 @dataclass(frozen=True, kw_only=True)
 class SocketSettings:
     """The ``socket`` section: the control socket of ``walship replicate``.
@@ -81,14 +94,22 @@ def _parse_socket(name: str, value: object) -> SocketSettings | None:
     return settings if parse_bool(f"{name}: enabled", values.get("enabled", False)) else None
 
 
+#: Keys of a file's top level that concern the whole program, and how each is read.  Settings of
+#: replicas and databases may stand there too: they are defaults.
 GLOBAL_KEYS: Final[Mapping[str, Parser]] = {
-    "addr": _parse_address,
+    "addr": parse_address,
     "exec": parse_text,
+    "heartbeat-url": parse_web_url,
+    "heartbeat-interval": _parse_heartbeat_interval,
     "socket": _parse_socket,
 }
+#: Their fields in `Settings`, where those have another name.
+_FIELDS: Final = {"heartbeat-url": "heartbeat_url", "heartbeat-interval": "heartbeat_interval_s"}
 _SECTIONS: Final = ("dbs", "logging")
+#: What ``level`` may be.
+LOG_LEVELS: Final = ("trace", "debug", "info", "warn", "warning", "error")
 _LOGGING_KEYS: Final[Mapping[str, Parser]] = {
-    "level": parse_choice("trace", "debug", "info", "warn", "warning", "error"),
+    "level": parse_choice(*LOG_LEVELS),
     "type": parse_choice("text", "json", "pretty"),
     "stderr": parse_bool,
     "source": parse_bool,
@@ -123,6 +144,8 @@ class Settings:
         addr: where metrics are to be served, ``host:port`` or ``:port``, or None.
         exec: the command that is to be run beside replication, or None.
         socket: the control socket, or None.
+        heartbeat_url: where a GET is sent while replication is well, or None; may be a secret.
+        heartbeat_interval_s: seconds between two of them.
     """
 
     databases: tuple[DatabaseSettings, ...] = ()
@@ -131,6 +154,8 @@ class Settings:
     addr: str | None = None
     exec: str | None = None
     socket: SocketSettings | None = None
+    heartbeat_url: str | None = field(default=None, repr=False)
+    heartbeat_interval_s: float = 300.0
 
     def database(self, path: str | os.PathLike[str]) -> DatabaseSettings | None:
         """The settings of a database file: its own entry, else the first directory it fits."""
@@ -208,7 +233,7 @@ def read_settings(tree: object, variables: Mapping[str, str], *, strict: bool = 
         databases=tuple(databases),
         directories=tuple(directories),
         logging=_logging(top.get("logging"), remarks),
-        **values,
+        **{_FIELDS.get(name, name): value for name, value in values.items()},
     )
 
 

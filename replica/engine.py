@@ -57,7 +57,7 @@ from .uploader import MAX_IN_FLIGHT, Uploader, error_of
 from .validation import Validation
 from .verify_process import Job, VerifyProcess
 
-__all__ = ["Engine", "Status", "restore_if_missing"]
+__all__ = ["Engine", "Status", "Work", "restore_if_missing"]
 
 log = logging.getLogger("walship")
 
@@ -99,6 +99,7 @@ class Status:
         verification_problem: what was wrong, and what to do; None if nothing.
         last_verified_ms: when the replica was last found sound, ms since the epoch, or None.
         last_verified_txid: the state that was found sound then, or None.
+        disk_full: whether commits wait for room on the disk, to be made ready for sending.
     """
 
     path: str
@@ -119,6 +120,7 @@ class Status:
     verification_problem: str | None = None
     last_verified_ms: int | None = None
     last_verified_txid: int | None = None
+    disk_full: bool = False
 
     @property
     def ok(self) -> bool:
@@ -126,6 +128,29 @@ class Status:
         if self.last_verification in ("damaged", "differs"):
             return False
         return self.last_error is None and self.state in ("ok", "opening")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What this process has done for one database since it opened it; numbers only grow.
+
+    Attributes:
+        uploads: segments sent.
+        upload_bytes: their bytes.
+        syncs: how often it was looked for something new to ship.
+        sync_errors: how often that failed.
+        sync_s: seconds that it took.
+        wal_bytes: bytes of the WAL that were made ready for sending.
+        checkpoints: checkpoints that connections of this process began.
+    """
+
+    uploads: int
+    upload_bytes: int
+    syncs: int
+    sync_errors: int
+    sync_s: float
+    wal_bytes: int
+    checkpoints: int
 
 
 class Engine:
@@ -741,6 +766,20 @@ class Engine:
             verification_problem=None if verified is None else verified.problem or None,
             last_verified_ms=None if verified is None else verified.sound_ms,
             last_verified_txid=None if verified is None else verified.sound_txid,
+            disk_full=progress.disk_full,
+        )
+
+    def work(self) -> Work:
+        """What this process has done for the database so far."""
+        progress = self.uploader.progress
+        return Work(
+            uploads=progress.uploads,
+            upload_bytes=progress.upload_bytes,
+            syncs=progress.syncs,
+            sync_errors=progress.sync_errors,
+            sync_s=progress.sync_s,
+            wal_bytes=self.capture.wal_bytes,
+            checkpoints=self.capture.checkpoints,
         )
 
     def _fence_state(self) -> str:

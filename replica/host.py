@@ -9,12 +9,14 @@ from __future__ import annotations
 import random
 
 from .clock import Clock, SystemClock
+from .counts import RequestCounts
 from .fence import owner_name
 from .files import OS_FILES, Files
 from .process import is_gone, this_process
 from .store.base import ObjectStore
+from .store.counting import CountingStore
 from .store.opening import open_store
-from .store.settings import StoreSettings
+from .store.settings import LocalSettings, StoreSettings
 
 __all__ = ["Host"]
 
@@ -25,15 +27,19 @@ class Host:
     Attributes:
         clock: tells the time, and sleeps.
         files: the state directory, and the database's files as far as SQLite is not asked.
+        requests: counts what this process asks of stores, whatever database it is for.
     """
 
     def __init__(self) -> None:
         self.clock: Clock = SystemClock()
         self.files: Files = OS_FILES
+        self.requests = RequestCounts()
 
     def open_store(self, settings: StoreSettings) -> ObjectStore:
-        """As `store.opening.open_store`."""
-        return open_store(settings, self.clock)
+        """As `store.opening.open_store`, counted."""
+        store = open_store(settings, self.clock, self.requests.sent)
+        kind = "file" if isinstance(settings, LocalSettings) else "s3"
+        return CountingStore(store, kind, self.requests, self.clock)
 
     def process(self) -> str:
         """The name of this process, for `is_gone` in another one."""

@@ -159,11 +159,8 @@ _OF_OTHER_TYPES: Final = (
 
 #: Settings that are accepted, because Litestream has them, and change nothing.
 WITHOUT_EFFECT: Final[Mapping[str, str]] = {
-    "addr": "not yet: there is no metrics server",
     "auto-recover": "not yet: a resync is a full snapshot at the next TXID",
     "checkpoint-interval": "SQLite checkpoints by itself, and nothing holds it back",
-    "heartbeat-interval": "not yet",
-    "heartbeat-url": "not yet",
     "max-checkpoint-page-count": "checkpoints that block readers are not used",
     "max-sync-ltx-files": "pending segments are merged before they are sent",
     "mcp-addr": "there is no MCP server",

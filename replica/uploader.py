@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import errno
 import logging
 import queue
 import random
@@ -100,12 +101,16 @@ class _Outcome:
 
 @dataclass(slots=True)
 class _Progress:
-    """Counters for `status`; written by the scheduling thread only."""
+    """What was done so far, and how it stands; written by the scheduling thread only."""
 
     uploads: int = 0
     upload_bytes: int = 0
     last_upload_ms: int | None = None
     last_error: str | None = None
+    syncs: int = 0
+    sync_errors: int = 0
+    sync_s: float = 0.0
+    disk_full: bool = False
 
 
 class Uploader:
@@ -503,6 +508,21 @@ class Uploader:
         return 0.0 if self.dirty and self._sync_interval_s <= 0 else TICK_S
 
     def _next_segment(self) -> Sealed | None:
+        """Freeze what is new; None if nothing is."""
+        progress, began = self._progress, self._clock.monotonic()
+        progress.syncs += 1
+        try:
+            sealed = self._frozen()
+            progress.disk_full = False
+            return sealed
+        except BaseException as error:
+            progress.sync_errors += 1
+            progress.disk_full = is_disk_full(error)
+            raise
+        finally:
+            progress.sync_s += self._clock.monotonic() - began
+
+    def _frozen(self) -> Sealed | None:
         if self._capture.full_copy_reason is None:
             return self._capture.take()
         if not self._capture.has_content() or not self._capture.in_wal_mode:
@@ -697,6 +717,16 @@ def error_of(kind: str, text: str) -> ReplicaError:
         if kind == known.__name__:
             return known(text)
     return ContinuityError(text) if kind == ContinuityError.__name__ else ReplicaError(text)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error, or one behind it, says that there is no room on the disk."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        seen = seen.__cause__
+    return False
 
 
 def _kind_of(error: ReplicaError) -> str:

@@ -11,17 +11,20 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from typing import Final
+from urllib.parse import urlsplit
 
 from walship.replica.errors import ConfigError
 
 __all__ = [
     "nearest",
+    "parse_address",
     "parse_bool",
     "parse_choice",
     "parse_duration",
     "parse_int",
     "parse_size",
     "parse_text",
+    "parse_web_url",
 ]
 
 _DURATION_UNITS_S: Final = {
@@ -134,6 +137,37 @@ def parse_text(name: str, value: object) -> str:
     text = value.strip()
     if any(ord(character) < 32 or ord(character) == 127 for character in text):
         raise ConfigError(f"{name}: there is a line break or another control character in it")
+    return text
+
+
+def parse_address(name: str, value: object) -> str:
+    """An address to listen on: ``host:port``, ``[IPv6]:port``, or ``:port``.
+
+    Raises:
+        ConfigError: anything else, naming the setting.
+    """
+    text = parse_text(name, value)
+    match = re.fullmatch(r"(?:\[[0-9a-fA-F:.]+\]|[^\s:\[\]/]*):(\d{1,5})", text)
+    if match is None or int(match[1]) > 65535:
+        raise ConfigError(f"{name}: not an address: {text!r} (:9090 or 127.0.0.1:9090)")
+    return text
+
+
+def parse_web_url(name: str, value: object) -> str:
+    """The URL of a page: ``http://`` or ``https://``, with a host.
+
+    Raises:
+        ConfigError: anything else, naming the setting (not the value: it may be secret).
+    """
+    text = parse_text(name, value)
+    try:
+        parts = urlsplit(text)
+        is_page = parts.scheme in ("http", "https") and bool(parts.hostname)
+        is_page = is_page and parts.port != 0 and text.isascii() and " " not in text
+    except ValueError:
+        is_page = False
+    if not is_page:
+        raise ConfigError(f"{name}: a URL that begins with https:// or http:// is expected")
     return text
 
 

@@ -28,6 +28,7 @@ from walship.replica.verify import Verification
 from .durable import make_durable
 from .registry import VFS_NAME, canonical, registry
 from .replicating import install
+from .services import services
 
 __all__ = ["Connection", "Replication", "configure", "connect", "replication"]
 
@@ -298,6 +299,7 @@ def configure(
 
     With this, ``apsw.Connection(path, vfs="walship")`` replicates, and `connect` needs no replica.
     Databases in the file's directories (``dir``) are found when they are opened, also new ones.
+    The file's ``addr`` and ``heartbeat-url`` are served and sent while this process has databases.
 
     Args:
         path: a database file; or, without a replica, a configuration file (``.yml``).  Without a
@@ -332,6 +334,8 @@ def configure(
         )
     found = load_config(path, strict=strict, expand_env=expand_env)
     registry.configure(*found.databases, directories=found.directories)
+    if found.addr is not None or found.heartbeat_url is not None:
+        services.configure(found)
 
 
 def replication(database: apsw.Connection | str | os.PathLike[str]) -> Replication:

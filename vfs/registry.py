@@ -16,7 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 from urllib.parse import unquote
 
 import apsw
@@ -43,6 +43,16 @@ VFS_NAME: Final = "walship"
 _EXIT_DRAIN_S: Final = 30.0
 
 
+class Services(Protocol):
+    """What else runs in a process that has a database open."""
+
+    def start(self) -> None:
+        """A database is open, the first one of this process.  Never raises."""
+
+    def close_in_child(self) -> None:
+        """This is a forked child: nothing runs in it yet."""
+
+
 class Registry:
     """Which paths are replicated, and the engines that serve them.  Thread-safe.
 
@@ -63,6 +73,8 @@ class Registry:
         self._poisoned: set[str] = set()
         self._guarded = False
         self._exiting = False
+        self.services: Services | None = None
+        self._has_services = False
 
     # -- configuration ------------------------------------------------------------------------
 
@@ -137,6 +149,7 @@ class Registry:
                 self._refuse_shared_replica(engine)
                 self._engines[path] = engine
                 self._files[path] = set()
+                self._start_services()
             else:
                 engine.after_open()
             self._opening[path] += 1
@@ -146,6 +159,11 @@ class Registry:
             self.abandon(path, engine)
             raise
         return engine
+
+    def _start_services(self) -> None:
+        if not self._has_services and self.services is not None:
+            self._has_services = True
+            self.services.start()
 
     def abandon(self, path: str, engine: Engine) -> None:
         """A connection that called `acquire` could not be opened."""
@@ -283,6 +301,10 @@ class Registry:
         engines, self._engines, self._files = self._engines, {}, {}
         self._opening = Counter()
         self._lock = threading.RLock()
+        self.host.requests.forget()
+        self._has_services = False
+        if self.services is not None:
+            self.services.close_in_child()
         for path, engine in engines.items():
             engine.after_fork_in_child()
             for connection in apsw.connections():

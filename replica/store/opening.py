@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from walship.replica.clock import Clock
 
 from .base import ObjectStore
@@ -10,8 +12,13 @@ from .settings import S3Settings, StoreSettings
 __all__ = ["open_store"]
 
 
-def open_store(settings: StoreSettings, clock: Clock) -> ObjectStore:
+def open_store(
+    settings: StoreSettings, clock: Clock, sent: Callable[[str], None] | None = None
+) -> ObjectStore:
     """Make the store that ``settings`` describe; no request is sent yet, nothing is wrapped.
+
+    Args:
+        sent: called with the name of each request that goes out, in S3's API; a directory has none.
 
     Raises:
         ConfigError: settings that only the SDK can refuse (an unknown profile, say).
@@ -19,7 +26,7 @@ def open_store(settings: StoreSettings, clock: Clock) -> ObjectStore:
     if isinstance(settings, S3Settings):
         from .s3 import S3Store
 
-        return S3Store(settings, clock)
+        return S3Store(settings, clock, sent)
     from .local import LocalStore
 
     return LocalStore(settings.path, clock)

@@ -179,12 +179,15 @@ class S3Store:
     Args:
         settings: see ``S3Settings``.
         clock: for pauses between attempts at a part, and how long a body may take.
+        sent: called with the name of each request that goes out ("PutObject").
 
     Raises:
         ConfigError: settings that the SDK refuses, an unknown profile for instance.
     """
 
-    def __init__(self, settings: S3Settings, clock: Clock) -> None:
+    def __init__(
+        self, settings: S3Settings, clock: Clock, sent: Callable[[str], None] | None = None
+    ) -> None:
         self._settings = settings
         self._clock = clock
         self._bucket = settings.bucket
@@ -192,7 +195,8 @@ class S3Store:
         self._part_slots = threading.BoundedSemaphore(max(1, settings.concurrency))
         self._forms = _root_forms(settings)
         self._root = self._forms[0] if len(self._forms) == 1 else None  # guarded by _lock
-        self._connection = _connect(settings)  # guarded by _renewal when it changes
+        self._sent_name = sent
+        self._connection = _connect(settings, sent)  # guarded by _renewal when it changes
         # Held while keys are read again, so that requests that failed together wait for one answer;
         # nobody else ever waits for it.
         self._renewal = threading.Lock()
@@ -681,7 +685,7 @@ class S3Store:
                 return None
             self._renewed_at = now
             try:
-                fresh = _connect(self._settings)
+                fresh = _connect(self._settings, self._sent_name)
                 if fresh.keys() == refused.keys():
                     return None
             except (ConfigError, boto_errors.BotoCoreError, OSError) as error:
@@ -828,7 +832,7 @@ def _root_forms(settings: S3Settings) -> tuple[str, ...]:
     return tuple(dict.fromkeys(forms))
 
 
-def _connect(settings: S3Settings) -> _Connection:
+def _connect(settings: S3Settings, sent: Callable[[str], None] | None) -> _Connection:
     verify: bool | str | None = None
     if settings.skip_verify:
         verify = False
@@ -883,8 +887,19 @@ def _connect(settings: S3Settings) -> _Connection:
         events.register("before-sign.s3", _add_tigris_header)
     if settings.require_content_md5:
         events.register("before-call.s3.DeleteObjects", _add_content_md5)
+    if sent is not None:
+        events.register("before-send.s3", _telling(sent))
     static = settings.access_key_id is not None
     return _Connection(client, None if static else session.get_credentials())
+
+
+def _telling(sent: Callable[[str], None]) -> Callable[..., None]:
+    """A handler that passes on the name of the operation each request is for."""
+
+    def tell(event_name: str, **_: object) -> None:
+        sent(event_name.rpartition(".")[2])
+
+    return tell
 
 
 def _drop_expect(params: dict[str, Any], **_: object) -> None:

@@ -19,7 +19,7 @@ if sys.platform == "win32":
         "macOS. Run it there, or in WSL."
     )
 
-from walship.replica.engine import Status
+from walship.replica.engine import Status, Work
 from walship.replica.errors import (
     ChecksumError,
     ClosedError,
@@ -47,6 +47,8 @@ from walship.replica.sqlite import FencedError, NotYetReplicated, RefusedError, 
 from walship.replica.verify import Verification
 from walship.vfs.connection import Connection, Replication, configure, connect, replication
 from walship.vfs.durable import durable
+from walship.vfs.exposition import MetricsServer, register_metrics, serve_metrics
+from walship.vfs.measures import DatabaseMetrics, Metrics, metrics
 from walship.vfs.replicating import ReplicatingVFS, install
 
 # apsw.Connection("file:app.db?replica=...", vfs="walship") works from here on.
@@ -60,11 +62,14 @@ __all__ = [
     "ConfigError",
     "Connection",
     "ContinuityError",
+    "DatabaseMetrics",
     "FencedError",
     "FormatError",
     "GapError",
     "IntegrityError",
     "Mark",
+    "Metrics",
+    "MetricsServer",
     "NoBackupError",
     "NotYetReplicated",
     "ObjectNotFound",
@@ -82,11 +87,15 @@ __all__ = [
     "StoreError",
     "StoreUnavailable",
     "Verification",
+    "Work",
     "configure",
     "connect",
     "durable",
     "follow",
+    "metrics",
+    "register_metrics",
     "replication",
     "restore",
+    "serve_metrics",
     "update",
 ]

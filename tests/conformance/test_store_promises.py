@@ -1,4 +1,4 @@
-"""What every object store promises, asked of each of them, also through the retrying wrapper."""
+"""What every object store promises, asked of each of them, also through the wrappers."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from support.faulty import FaultyStore
 from support.servers import S3Endpoint
 from walship.replica.clock import SystemClock
 from walship.replica.config import parse_replica
+from walship.replica.counts import RequestCounts
 from walship.replica.errors import ObjectNotFound, PreconditionFailed, StoreError, StoreUnavailable
 from walship.replica.store.base import (
     ObjectInfo,
@@ -25,6 +26,7 @@ from walship.replica.store.base import (
     list_segments,
     segment_key,
 )
+from walship.replica.store.counting import CountingStore
 from walship.replica.store.opening import open_store
 from walship.replica.store.retrying import RetryingStore
 from walship.replica.store.timestamps import TIMESTAMP_METADATA, parse_timestamp
@@ -34,7 +36,7 @@ MIB = 1024 * 1024
 #: One bucket per server is enough: each store has a path of its own.
 BUCKETS: dict[str, str] = {}
 
-#: kind of store, and whether it stands behind RetryingStore
+#: kind of store, and whether it stands behind RetryingStore and CountingStore
 KINDS = [
     pytest.param(("local", False), id="local"),
     pytest.param(("local", True), id="local-retrying"),
@@ -69,7 +71,8 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStor
             after=0.1,
             operations=("get", "read", "head", "list", "delete"),
         )
-        opened = RetryingStore(faulty, FakeClock(), attempts=50, deadline_s=None)
+        counted = CountingStore(faulty, "s3", RequestCounts(), clock)
+        opened = RetryingStore(counted, FakeClock(), attempts=50, deadline_s=None)
     yield opened
     opened.close()
 

@@ -40,7 +40,7 @@ class World:
         self.directory = directory
         self.objects: dict[str, Object] = {}
         self.store = MemoryStore(self.objects, REPLICA)
-        monkeypatch.setattr("walship.replica.host.open_store", lambda settings, clock: self.store)
+        monkeypatch.setattr("walship.replica.host.open_store", lambda *_: self.store)
 
     def path(self, host: str) -> Path:
         disk = self.directory / host

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +152,10 @@ class Stores:
         self.after = 0.0
         monkeypatch.setattr("walship.replica.host.open_store", self._open)
 
-    def _open(self, settings: StoreSettings, clock: Clock) -> FaultyStore:
-        store = _Watched(open_store(settings, clock), self)
+    def _open(
+        self, settings: StoreSettings, clock: Clock, sent: Callable[[str], None] | None = None
+    ) -> FaultyStore:
+        store = _Watched(open_store(settings, clock, sent), self)
         store.before, store.after = self.before, self.after
         if self.blocked:
             store.block(self.blocked)

@@ -381,7 +381,7 @@ def _engine_on(script: Script, identities: Identities, store: MemoryStore) -> It
     end = simulate(identities)
     kept = (host.open_store, capture._SETTLE_NS, spool._GROWTH_BYTES)
     if not script.directory:
-        host.open_store = lambda settings, clock: store  # type: ignore[attr-defined]
+        host.open_store = lambda *_: store  # type: ignore[attr-defined]
     # Waiting for time stamps to differ is for the recording.
     capture._SETTLE_NS = 0  # type: ignore[misc]
     spool._GROWTH_BYTES = script.journal_growth_bytes  # type: ignore[misc]

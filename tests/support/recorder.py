@@ -849,7 +849,7 @@ def _main(job: Path) -> None:
     store = MemoryStore(objects)
     store.before, store.after = recorder.put, recorder.landed
     if not script.directory:
-        host.open_store = lambda settings, clock: store
+        host.open_store = lambda *_: store
     recorder.install()
     if script.mutant is not None:
         MUTANTS[script.mutant]()

@@ -304,6 +304,15 @@ def test_of_the_whole_program(load: Load) -> None:
     assert (load("").addr, load("").exec) == (None, None)
 
 
+def test_heartbeat(load: Load) -> None:
+    """A heartbeat has a URL, which may be a secret, and an interval."""
+    settings = load("heartbeat-url: https://hc-ping.com/hunter2\nheartbeat_interval: 2m\n")
+    assert settings.heartbeat_url == "https://hc-ping.com/hunter2"
+    assert settings.heartbeat_interval_s == 120.0
+    assert "hunter2" not in repr(settings)
+    assert (load("").heartbeat_url, load("").heartbeat_interval_s) == (None, 300.0)
+
+
 def test_secrets_stay_secret(load: Load, caplog: pytest.LogCaptureFixture) -> None:
     """Keys and tokens are in no repr, log or error, whatever is wrong around them."""
     text = """
@@ -360,7 +369,6 @@ dbs:
         (database,) = load(text).databases
     assert database.validation_interval_s == 6 * 3600
     assert {record.getMessage().split()[1] for record in caplog.records} == {
-        "key=addr",
         "key=monitor-interval",
     }
 
@@ -466,6 +474,12 @@ def test_logging_section(load: Load) -> None:
         ("dbs:\n  - {dir: /x, pattern: '*', page-size: 7, replica: s3://b}", "page-size"),
         ("dir: /x", "belongs to a database"),
         ("addr: 9090", "addr: not an address"),
+        ("heartbeat-interval: 59s", "heartbeat-interval: must be at least 1m"),
+        ("heartbeat-url: hc-ping.com/x", "heartbeat-url: a URL that begins with https://"),
+        ("heartbeat-url: file:///etc/passwd", "heartbeat-url: a URL that begins with https://"),
+        ("heartbeat-url: 'https://'", "heartbeat-url: a URL that begins with https://"),
+        ("heartbeat-url: 'https://a:b/'", "heartbeat-url: a URL that begins with https://"),
+        ("heartbeat-url: 'https://a b/'", "heartbeat-url: a URL that begins with https://"),
         ("addr: ':70000'", "addr: not an address"),
         ("dbs: []\nregion: eu\ndbs: []", "dbs is given twice"),
         ("busy-timeout: 1s\nbusy_timeout: 2s", "busy-timeout is given twice"),

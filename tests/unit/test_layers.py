@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
     not (ROOT / "replica").is_dir(), reason="tests of an installed wheel: there are no sources"
 )
 
-LAYERS = "Imports point down: cli, sidecar, middleware, aio, vfs, replica"
+LAYERS = "Imports point down: cli, sidecar, middleware, aio, logs, vfs, replica"
 SIDECAR = "Imports point down: commands of the sidecar, its service, one database"
 ENGINE = "Imports point down: engine, store, format, base"
 BOTO = "Only the S3 store knows boto3"

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from typing import Any, Final
 from urllib.parse import quote
 
+from walship.logs import logging_to
 from walship.replica.config_file import Settings
 from walship.replica.errors import ConfigError
 from walship.replica.settings import DatabaseSettings
 from walship.vfs.registry import canonical
+from walship.vfs.services import services
 
 from .control import DEFAULT_PATH, ControlServer, call
 from .program import Listing, once, run
@@ -50,13 +52,38 @@ def replicate(
             "there is nothing to replicate: give a database and a replica URL, or `dbs` in the "
             "configuration file"
         )
-    service = Service(restore_missing=restore_missing)
-    if only_once:
-        return once(service, settings.all_databases(), snapshot=snapshot, tend=tend)
-    if snapshot or tend:
+    if (snapshot or tend) and not only_once:
         raise ConfigError("-force-snapshot and -enforce-retention go with -once")
-    with _controlled(service, settings):
-        return run(service, _listing(settings), lambda: _listing(read()), command or settings.exec)
+    service = Service(restore_missing=restore_missing)
+
+    def reload() -> Listing:
+        fresh = read()
+        listing = _listing(fresh)
+        services.configure(fresh, lambda: _trouble_of(service))
+        return listing
+
+    with logging_to(settings.logging):
+        if only_once:
+            return once(service, settings.all_databases(), snapshot=snapshot, tend=tend)
+        with _observed(service, settings), _controlled(service, settings):
+            return run(service, _listing(settings), reload, command or settings.exec)
+
+
+@contextmanager
+def _observed(service: Service, settings: Settings) -> Iterator[None]:
+    """Metrics are served and heartbeats sent meanwhile, if they are asked for."""
+    services.configure(settings, lambda: _trouble_of(service))
+    services.start_now()
+    try:
+        yield
+    finally:
+        services.close()
+
+
+def _trouble_of(service: Service) -> str | None:
+    """A database that cannot be replicated, and why; None if there is none."""
+    failed = (worker for worker in service.workers() if worker.state == "failed")
+    return next((f"{worker.path}: {worker.error}" for worker in failed), None)
 
 
 def _listing(settings: Settings) -> Listing:
