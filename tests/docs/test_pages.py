@@ -30,11 +30,7 @@ from walship.replica.errors import ConfigError
 
 #: What pages show and this checkout does not have yet.  A block with one of these words in it is
 #: only held to be well-formed; take a word out to have its blocks run.
-NOT_YET: Final = (
-    r"walship replicate\b",
-    r"walship (sync|register|unregister|start|stop)\b",
-    r"\bon_follow\b",
-)
+NOT_YET: Final = (r"\bwalship\.(metrics|serve_metrics)\b",)
 
 #: Buckets of the pages.
 BUCKETS: Final = ("my-bucket",)

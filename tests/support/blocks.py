@@ -9,6 +9,7 @@ comments directly above it, which no reader sees, say more:
     <!-- after: COMMANDS -->     run afterwards: checks what the block has done
     <!-- exit: N -->             it ends with this exit code (0)
     <!-- serves: URL -->         it is a server, which answers there once it is up
+    <!-- until: COMMAND -->      it runs until this command succeeds; then SIGTERM has to end it
 
 COMMANDS are those of a shell, or one line of Python after ``>>> ``.
 """
@@ -28,7 +29,9 @@ ROOT: Final = Path(__file__).parents[2]
 PAGES: Final = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 _FENCE: Final = re.compile(r'( *)(`{3,})(\w*)(?: title="([^"]+)")?\s*')
-_COMMENT: Final = re.compile(r"\s*<!-- (not run|parsed|before|after|exit|serves): (.+?) -->\s*")
+_COMMENT: Final = re.compile(
+    r"\s*<!-- (not run|parsed|before|after|exit|serves|until): (.+?) -->\s*"
+)
 _LIST_ITEM: Final = re.compile(r"\s*(?:[*+-]|\d+\.) ")
 
 

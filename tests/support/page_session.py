@@ -73,6 +73,20 @@ class Session:
                 raise Failed(f"nobody answers at {url} (exit code {process.poll()})")
             time.sleep(0.1)
 
+    def until(self, text: str, condition: str) -> None:
+        """Run one command, until another one succeeds; SIGTERM then ends it with exit code 0."""
+        process = self._start(f"exec {text.strip()}")
+        deadline = time.monotonic() + _STEP_S
+        while subprocess.run(
+            ["bash", "-c", condition], env=self.environ, capture_output=True, check=False
+        ).returncode:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise Failed(f"{condition}: not yet (exit code {process.poll()})")
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        if process.wait(_STEP_S) != 0:
+            raise Failed(f"SIGTERM ended it with {process.returncode}")
+
     def python(self, text: str, where: str) -> None:
         """Run a block of Python."""
         line = int(where.rpartition(":")[2])
@@ -131,6 +145,8 @@ def main(file: str) -> int:
                     session.python(step["text"], step["where"])
                 elif url := step.get("serves"):
                     session.server(step["text"], url[0])
+                elif condition := step.get("until"):
+                    session.until(step["text"], condition[0])
                 else:
                     session.sh(step["text"], code=int(step.get("exit", "0")[0]))
                 for after in step.get("after", ()):
