@@ -6,6 +6,7 @@
 #     make simulate play the engine under seeded chaos, and say how much of it ran
 #     make soak     lose a thousand machines, and count what is missing
 #     make lint     style, types, layers, spelling
+#     make docs     the pages as a site, in build/site
 #     make clean    remove what the others made
 #
 # ARGS goes to the program behind a target: make test ARGS="-k restore".
@@ -15,7 +16,7 @@ PYTHON ?=
 ARGS =
 TEST_WORKERS = 2
 
-.PHONY: help demo test bench simulate soak lint clean project dev
+.PHONY: help demo test bench simulate soak lint docs clean project dev
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^VENV/,$$d'
@@ -49,6 +50,10 @@ lint: dev
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/codespell
+
+docs: dev
+	$(VENV)/bin/python tests/support/cli_reference.py
+	$(VENV)/bin/mkdocs build --strict $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist src/walship.egg-info demo-data .coverage

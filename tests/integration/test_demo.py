@@ -274,7 +274,7 @@ def test_fastapi_application_keeps_connections_apart(serve: Callable[[str], Serv
 def test_readme_opens_with_the_example() -> None:
     """The first program of the README is examples/fastapi_app.py, word for word."""
     readme = (ROOT / "README.md").read_text()
-    first = re.search(r"```python\n(.*?)```", readme, re.DOTALL)
+    first = re.search(r"```python title=\"examples/fastapi_app.py\"\n(.*?)```", readme, re.DOTALL)
     assert first is not None
     assert first[1] == (EXAMPLES / "fastapi_app.py").read_text()
 
@@ -282,30 +282,6 @@ def test_readme_opens_with_the_example() -> None:
 # --- what README and docs say --------------------------------------------------------------------
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def test_five_lines_run(tmp_path: Path) -> None:
-    """The README's five-line example runs, here with a directory in place of the bucket, and the
-    restore below it brings the row back."""
-    readme = (ROOT / "README.md").read_text()
-    section = readme.split("## In five lines\n")[1].split("\n## ")[0]
-    lines = [line[4:] for line in section.splitlines() if line.startswith("    ")]
-    assert len(lines) == 5
-    restore = re.search(r"^    walship\.restore\(.*\)$", readme, re.MULTILINE)
-    assert restore is not None
-    program = "\n".join([*lines, "db.close()", restore[0].strip()])
-    done = subprocess.run(
-        [sys.executable, "-c", program.replace("s3://my-bucket/app", str(tmp_path / "replica"))],
-        cwd=tmp_path,
-        env=environment({}),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    with contextlib.closing(sqlite3.connect(tmp_path / "copy.db")) as db:
-        assert db.execute("select x from t").fetchall() == [(42,)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
+
+import pytest
 
 from walship.replica.config import (
     CONFIG_PLACES,
@@ -13,18 +16,20 @@ from walship.replica.config import (
     REPLICA_KEYS,
     WITHOUT_EFFECT,
 )
+from walship.replica.settings import DatabaseSettings, Parser, ReplicaSettings
+from walship.replica.store.settings import S3Settings
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 
 
-def rows(heading: str) -> dict[str, str]:
-    """First and last cell of each row of the table under a heading."""
+def rows(heading: str, cell: int = -1) -> dict[str, str]:
+    """Name and another cell, the last one, of each row of the table under a heading."""
     section = PAGE.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
     found = {}
     for line in section.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         for name in re.findall(r"`([a-z0-9-]+)`", cells[0]) if line.startswith("| `") else ():
-            found[name] = cells[-1]
+            found[name] = cells[cell]
     return found
 
 
@@ -49,3 +54,32 @@ def test_every_key_of_a_file_is_described() -> None:
 def test_settings_without_effect_are_listed() -> None:
     """The list of settings without effect is the code's, with its reasons."""
     assert rows("Accepted without effect") == dict(WITHOUT_EFFECT)
+
+
+def _defaults() -> dict[str, tuple[Parser, object]]:
+    """How a setting is read, and its default in the code, where that is a value."""
+    known: dict[str, tuple[Parser, object]] = {}
+    for keys, kinds in (
+        (DATABASE_KEYS, [DatabaseSettings]),
+        (REPLICA_KEYS, [ReplicaSettings, S3Settings]),
+    ):
+        fields = {each.name: each.default for kind in kinds for each in dataclasses.fields(kind)}
+        for key, parser in keys.items():
+            if key == "path":
+                continue
+            name = key.replace("-", "_")
+            for field in (name, f"{name}_s"):
+                if fields.get(field, dataclasses.MISSING) not in (dataclasses.MISSING, None):
+                    known[key] = parser, fields[field]
+    return known
+
+
+@pytest.mark.parametrize("key", sorted(_defaults()))
+def test_defaults_are_those_of_the_code(key: str) -> None:
+    """The default in the table, read as a setting is, is the code's."""
+    parser, default = _defaults()[key]
+    written = rows("Database", cell=1).get(key) or rows("Replica", cell=1)[key]
+    if default == 0 and written in ("never", "no limit"):
+        return
+    usual = written.rpartition(" else ")[2].partition(";")[0].strip("`")
+    assert parser(key, usual) == default
