@@ -75,6 +75,9 @@ class CountingStore:
             lambda info: info.size_bytes,
         )
 
+    def copy(self, source: str, target: str) -> ObjectInfo:
+        return self._count("COPY", lambda: self._store.copy(source, target))
+
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         return self._count("GET", lambda: self._store.get(key, start, length), len)
 
