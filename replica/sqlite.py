@@ -201,14 +201,17 @@ class _Kept:
             return fd
 
     def close(self, fd: int) -> None:
-        """Done with it: close it now if that harms nobody."""
+        """Done with it: close it, and what was kept beside it, now if that harms nobody."""
         with self._lock:
+            self._idle.add(fd)
             status = os.fstat(fd)
-            if status.st_nlink and descriptors_on(status) != 1:
-                self._idle.add(fd)
+            idle = self._on(status, self._idle)
+            if status.st_nlink and descriptors_on(status) != len(idle):
                 return
-            self._all.discard(fd)
-            os.close(fd)
+            for each in idle:
+                self._idle.discard(each)
+                self._all.discard(each)
+                os.close(each)
 
     def count(self, file: os.stat_result) -> int:
         """How many are on a file, in use or not."""
@@ -229,7 +232,8 @@ class _Kept:
         return [fd for fd, it in found if (it.st_dev, it.st_ino) == (file.st_dev, file.st_ino)]
 
 
-_kept: Final = _Kept()
+#: Those of this process.
+kept_descriptors: Final = _Kept()
 
 
 def strangers_on(path: str) -> bool:
@@ -240,7 +244,7 @@ def strangers_on(path: str) -> bool:
     """
     status = os.stat(path)
     found = descriptors_on(status)
-    return found is not None and found - _kept.count(status) > connections_to(path)
+    return found is not None and found - kept_descriptors.count(status) > connections_to(path)
 
 
 def descriptors_on(file: os.stat_result) -> int | None:
@@ -418,8 +422,9 @@ class SqlitePort:
             mine = os.fstat(self._index)
             if (mine.st_dev, mine.st_ino) == (status.st_dev, status.st_ino):
                 return self._index
-            _kept.close(self._index)
-        self._index = _kept.open(self.path + "-shm")
+            index, self._index = self._index, -1
+            kept_descriptors.close(index)
+        self._index = kept_descriptors.open(self.path + "-shm")
         return self._index
 
     def read_main(self, offset: int, length: int) -> bytes:
@@ -449,7 +454,7 @@ class SqlitePort:
         there to notice (see `release`).
         """
         if self._watch < 0:
-            self._watch = _kept.open(self.path)
+            self._watch = kept_descriptors.open(self.path)
         return self._watch
 
     def descriptor(self) -> int | None:
@@ -509,7 +514,7 @@ class SqlitePort:
         self._probe = None
         for connection in list(self._owned):
             connection.close(True)
-        _kept.close_in_child()
+        kept_descriptors.close_in_child()
         self._watch = self._index = -1
 
     @contextmanager
@@ -646,7 +651,7 @@ class SqlitePort:
             fd: int = getattr(self, name)
             if fd >= 0:
                 setattr(self, name, -1)
-                _kept.close(fd)
+                kept_descriptors.close(fd)
 
 
 def _default_vfs() -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 import apsw
@@ -149,7 +150,7 @@ class Machine(RuleBasedStateMachine):
                 file.write_bytes((saved / file.name).read_bytes())
             else:
                 file.unlink(missing_ok=True)
-        shutil.rmtree(state)
+        _remove(state)
         (saved / "state").rename(state)
         shutil.rmtree(saved)
         self.connections = [self.database.connect()]
@@ -197,6 +198,19 @@ class Machine(RuleBasedStateMachine):
             self.close_all()
             self.patch.undo()
             shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _remove(state: Path) -> None:
+    """Remove a state directory; threads of the life that ended may still be at it."""
+    for thread in threading.enumerate():
+        if thread.name == "walship:app.db":
+            thread.join(10)
+    for _ in range(500):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(state)
+            return
+        threading.Event().wait(0.01)
+    shutil.rmtree(state)
 
 
 _CHECKS = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]

@@ -19,7 +19,7 @@ import apsw
 
 from walship.replica.files import Files, StrPath
 from walship.replica.host import Host
-from walship.replica.sqlite import SqlitePort
+from walship.replica.sqlite import SqlitePort, kept_descriptors
 from walship.replica.store.base import ObjectStore
 from walship.replica.store.settings import StoreSettings
 from walship.vfs.files import MainFile, WalFile
@@ -195,9 +195,11 @@ class Process(Owner):
         the database would drop the locks of all of them.
         """
         for port in self.ports:
-            if port._watch >= 0:
-                os.close(port._watch)
-                port._watch = -1
+            for name in ("_watch", "_index"):
+                fd = getattr(port, name)
+                if fd >= 0:
+                    setattr(port, name, -1)
+                    kept_descriptors.close(fd)
         for fd in self.descriptors:
             os.close(fd)
         self.descriptors.clear()
