@@ -30,7 +30,7 @@ from walship.replica.errors import ConfigError
 
 #: What pages show and this checkout does not have yet.  A block with one of these words in it is
 #: only held to be well-formed; take a word out to have its blocks run.
-NOT_YET: Final = (r"\bwalship\.(metrics|serve_metrics)\b",)
+NOT_YET: Final[tuple[str, ...]] = ()
 
 #: Buckets of the pages.
 BUCKETS: Final = ("my-bucket",)
@@ -44,7 +44,7 @@ _KEYS: Final = {
 #: "After what the page did so far", in the pages.
 _MOMENT: Final = "2026-01-31T15:54:00Z"
 #: Where servers of the pages listen.
-_PORT: Final = "8000"
+_PORTS: Final = ("8000", "9090")
 #: By page, whom its programs have turned to: the names by which settings are chosen.
 SEEN: Final = {
     "tigris": {"fly.storage.tigris.dev:443"},
@@ -148,8 +148,8 @@ def _check_commands(block: Block) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_blocks_run(page: Path, internet: Elsewhere, tmp_path: Path) -> None:
     """The programs of a page do what they should, one after another."""
-    (port,) = free_ports(1)
-    steps = [step for block in blocks_of(page) if (step := _step(block, tmp_path, port))]
+    ports = free_ports(len(_PORTS))
+    steps = [step for block in blocks_of(page) if (step := _step(block, tmp_path, ports))]
     if not any(step["kind"] != "file" for step in steps):
         return
     for bucket in BUCKETS:
@@ -168,7 +168,7 @@ def test_blocks_run(page: Path, internet: Elsewhere, tmp_path: Path) -> None:
                 tmp_path / "steps.json",
             ],
             cwd=work,
-            env=_environ(internet, port),
+            env=_environ(internet, ports[0]),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -194,11 +194,11 @@ def _environ(internet: Elsewhere, port: int) -> dict[str, str]:
     }
 
 
-def _step(block: Block, root: Path, port: int) -> dict[str, Any] | None:
+def _step(block: Block, root: Path, ports: list[int]) -> dict[str, Any] | None:
     """What `support.page_session` is to do about a block."""
-    step: dict[str, Any] = {"where": block.where, "text": _as_reader(block.text, root, port)}
+    step: dict[str, Any] = {"where": block.where, "text": _as_reader(block.text, root, ports)}
     for key, said in block.directives.items():
-        step[key] = [_as_reader(each, root, port) for each in said]
+        step[key] = [_as_reader(each, root, ports) for each in said]
     if block.title:
         return {**step, "kind": "file", "title": Path(block.title).name}
     if fate(block) != "run":
@@ -206,11 +206,12 @@ def _step(block: Block, root: Path, port: int) -> dict[str, Any] | None:
     return {**step, "kind": block.language}
 
 
-def _as_reader(text: str, root: Path, port: int) -> str:
+def _as_reader(text: str, root: Path, ports: list[int]) -> str:
     """What a reader makes of a block: keys and directories of their own, the present."""
     for theirs, ours in _KEYS.items():
         text = text.replace(theirs, ours)
-    text = text.replace(_PORT, str(port))
+    for theirs, port in zip(_PORTS, ports, strict=True):
+        text = text.replace(theirs, str(port))
     if _MOMENT in text:
         text = text.replace(_MOMENT, f"{datetime.now(UTC) + timedelta(days=1):%Y-%m-%dT%H:%M:%SZ}")
     return _PLACES.sub(lambda match: f"{root}{match[0]}", text)

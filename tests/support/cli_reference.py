@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import html
 import re
 from pathlib import Path
 from typing import Final
@@ -29,7 +30,7 @@ def cli_reference() -> str:
         action for action in parser._actions if isinstance(action, argparse._SubParsersAction)
     )
     summaries = {each.dest: each.help or "" for each in subparsers._choices_actions}
-    parts = [_HEAD, "| command | |\n|---|---|"]
+    parts = [_HEAD, "| command | what it does |\n|---|---|"]
     for name, summary in summaries.items():
         parts[-1] += f"\n| [`{name}`](#{name}) | {_cell(summary)} |"
     codes = ""
@@ -42,7 +43,7 @@ def cli_reference() -> str:
         if text.strip():
             parts.append(_prose(text))
     codes_rows = re.findall(r"^  (\d+) +(.*)$", codes, re.MULTILINE)
-    parts.append("## Exit codes\n\n| code | |\n|---|---|")
+    parts.append("## Exit codes\n\n| code | meaning |\n|---|---|")
     for code, meaning in codes_rows:
         parts[-1] += f"\n| {code} | {_cell(meaning)} |"
     parts.append("More about each: [errors](errors.md).")
@@ -72,11 +73,11 @@ def _name(action: argparse.Action) -> str:
 
 def _table(parser: argparse.ArgumentParser) -> str:
     rows = [
-        f"| `{_cell(_name(each))}` | {_cell(each.help or '')} |"
+        f"| {_code(_name(each))} | {_cell(each.help or '')} |"
         for each in _shown(parser)
         if "-h" not in each.option_strings
     ]
-    return "\n".join(["| | |", "|---|---|", *rows]) if rows else ""
+    return "\n".join(["| | meaning |", "|---|---|", *rows]) if rows else ""
 
 
 def _prose(text: str) -> str:
@@ -101,6 +102,13 @@ def _prose(text: str) -> str:
         else:
             found.append(re.sub(r"^examples:$", "Examples:\n", part))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(found))
+
+
+def _code(text: str) -> str:
+    """Code in a cell: backquotes around an escaped bar are read in two ways."""
+    return (
+        f"<code>{html.escape(text).replace('|', '&#124;')}</code>" if "|" in text else f"`{text}`"
+    )
 
 
 def _cell(text: str) -> str:

@@ -82,7 +82,7 @@ class Session:
         ).returncode:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise Failed(f"{condition}: not yet (exit code {process.poll()})")
-            time.sleep(0.1)
+            time.sleep(0.3)
         process.send_signal(signal.SIGTERM)
         if process.wait(_STEP_S) != 0:
             raise Failed(f"SIGTERM ended it with {process.returncode}")

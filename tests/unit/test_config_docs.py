@@ -18,6 +18,13 @@ from walship.replica.config import (
 )
 from walship.replica.settings import DatabaseSettings, Parser, ReplicaSettings
 from walship.replica.store.settings import S3Settings
+from walship.replica.values import (
+    parse_bool,
+    parse_duration,
+    parse_int,
+    parse_size,
+    parse_text,
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 
@@ -78,8 +85,27 @@ def _defaults() -> dict[str, tuple[Parser, object]]:
 def test_defaults_are_those_of_the_code(key: str) -> None:
     """The default in the table, read as a setting is, is the code's."""
     parser, default = _defaults()[key]
-    written = rows("Database", cell=1).get(key) or rows("Replica", cell=1)[key]
+    written = rows("Database", cell=2).get(key) or rows("Replica", cell=2)[key]
     if default == 0 and written in ("never", "no limit"):
         return
     usual = written.rpartition(" else ")[2].partition(";")[0].strip("`")
     assert parser(key, usual) == default
+
+
+KINDS = {
+    parse_bool: "switch",
+    parse_duration: "duration",
+    parse_int: "number",
+    parse_size: "size",
+    parse_text: "text",
+}
+
+
+def test_values_are_of_the_kind_that_is_said() -> None:
+    """Each setting is read as the kind of value that the table names."""
+    said = {**rows("Database", cell=1), **rows("Replica", cell=1)}
+    for key, parser in {**DATABASE_KEYS, **REPLICA_KEYS}.items():
+        if parser in KINDS:
+            assert said[key] == KINDS[parser], key
+        elif parser.__name__ == "parse":  # one of `parse_choice`
+            assert said[key] == "word", key
