@@ -11,6 +11,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
@@ -101,6 +102,11 @@ _PLAIN_COUNTERS: Final[tuple[_Row, ...]] = (
     ),
     ("litestream_sync_error_count", "How often that failed.", lambda it: it.work.sync_errors),
     ("litestream_sync_seconds", "Seconds that it took.", lambda it: it.work.sync_s),
+    (
+        "litestream_compaction_verify_error_count",
+        "How often segments that were to be merged turned out to be damaged.",
+        lambda it: it.work.damaged_merges,
+    ),
 )
 
 _COUNTERS: Final[tuple[_Row, ...]] = (
@@ -264,6 +270,16 @@ def families(found: Metrics) -> Iterator[Metric]:
             for one in values:
                 gauge.add_metric([path, one], which(each) == one)
         yield gauge
+    level_0 = GaugeMetricFamily(
+        "litestream_l0_retention_files_total",
+        "Segments of level 0 in the replica, by what keeps them.",
+        labels=["db", "status"],
+    )
+    for path, each in databases:
+        if each.l0_files is not None:
+            for status, number in asdict(each.l0_files).items():
+                level_0.add_metric([path, status], number)
+    yield level_0
     where = GaugeMetricFamily(
         "walship_replica_info", "Where a database is shipped to; 1.", labels=["db", "replica"]
     )

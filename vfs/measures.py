@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from walship.replica.counts import Operation
 from walship.replica.engine import Engine, Status, Work
+from walship.replica.levels import L0Files
 
 from .registry import registry
 
@@ -25,12 +26,15 @@ class DatabaseMetrics:
         status: how it stands: the same in each process that has the database open, because the one
             that uploads is asked.
         work: what this process has done for it since it opened it.
+        l0_files: segments of level 0 in the replica when they were merged or removed last; None
+            where another process does that, or nobody has yet.
         database_bytes: size of the database file.
         validation_interval_s: how often its replica is to be verified, seconds; 0: never.
     """
 
     status: Status
     work: Work
+    l0_files: L0Files | None
     database_bytes: int
     validation_interval_s: float
 
@@ -76,6 +80,7 @@ def _of(engine: Engine) -> DatabaseMetrics:
     return DatabaseMetrics(
         status=engine.status(),
         work=engine.work(),
+        l0_files=engine.l0_files(),
         database_bytes=n_bytes,
         validation_interval_s=engine.settings.validation_interval_s,
     )

@@ -15,6 +15,7 @@ import yaml
 from support.promql import Samples
 from walship.replica.counts import Operation
 from walship.replica.engine import Status, Work
+from walship.replica.levels import L0Files
 from walship.vfs.exposition import families
 from walship.vfs.measures import DatabaseMetrics, Metrics
 
@@ -51,7 +52,9 @@ IDLE = DatabaseMetrics(
         sync_s=0.1,
         wal_bytes=4152,
         checkpoints=0,
+        damaged_merges=0,
     ),
+    l0_files=L0Files(eligible=0, not_compacted=1, too_recent=2),
     database_bytes=8192,
     validation_interval_s=0.0,
 )
@@ -191,7 +194,7 @@ def test_the_dashboard_asks_for_what_there_is() -> None:
         "litestream_replica_operation_bytes",
         "litestream_replica_operation_duration_seconds_count",
         "litestream_replica_operation_duration_seconds_sum",
-        "walship_checkpoints_total",
+        "litestream_compaction_verify_error_count",
         "walship_last_upload_timestamp_seconds",
         "walship_last_verified_txid",
         "walship_uploader",
