@@ -150,16 +150,20 @@ def test_another_file_another_address(tmp_path: Path, port: int) -> None:
         db.close()
 
 
-def test_a_child_serves_by_itself(tmp_path: Path, port: int) -> None:
-    """Configured before a fork, metrics are served by the child that opens a database."""
+@pytest.mark.parametrize("served", [False, True])
+def test_a_child_serves_by_itself(tmp_path: Path, port: int, served: bool) -> None:
+    """After a fork it is the child that opens a database which serves, once its parent is gone."""
     script = f"""
 import os, sys, walship
 walship.configure({str(configuration(tmp_path, f"addr: 127.0.0.1:{port}"))!r})
+if {served}:
+    walship.connect({str(tmp_path / "app.db")!r}).close()
+ended, held = os.pipe()
 if os.fork():
-    sys.stdin.read()
     os._exit(0)
+os.close(held)
+os.read(ended, 1)  # until the parent is gone
 db = walship.connect({str(tmp_path / "app.db")!r})
-db.execute("create table if not exists t(x)")
 print(flush=True)
 sys.stdin.read()
 db.close()
@@ -169,13 +173,13 @@ db.close()
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    process.stdout.readline()
     try:
+        process.stdout.readline()
         assert answers(port)
     finally:
         process.stdin.close()
         process.wait(WAIT_S)
-        process.stdout.read()
+        process.stdout.read()  # the child has ended
         process.stdout.close()
 
 
