@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from walship.replica.counts import Operation
 from walship.replica.engine import Engine, Status, Work
@@ -45,6 +45,8 @@ class Metrics:
 
     Attributes:
         databases: those that are open here and have a replica, by path.
+        unopened: those that ``walship replicate`` is to replicate and cannot open, with the reason,
+            by path; it tries again all the time.
         operations: what was asked of stores, for all databases together, since the process began;
             each attempt counts.
         requests: requests that went to S3 stores, by their names in S3's API ("PutObject"): what
@@ -53,6 +55,7 @@ class Metrics:
     """
 
     databases: tuple[DatabaseMetrics, ...]
+    unopened: Mapping[str, Exception] = field(default_factory=dict)
     operations: tuple[Operation, ...]
     requests: Mapping[str, int]
 
@@ -64,9 +67,12 @@ def metrics() -> Metrics:
     second for each database while that process is stopped.
     """
     requests = registry.host.requests
-    found = sorted(registry.engines(), key=lambda engine: engine.path)
+    unopened = registry.unopened()
+    found = [engine for engine in registry.engines() if engine.path not in unopened]
+    found.sort(key=lambda engine: engine.path)
     return Metrics(
         databases=tuple(_of(engine) for engine in found),
+        unopened=unopened,
         operations=requests.operations(),
         requests=requests.requests(),
     )

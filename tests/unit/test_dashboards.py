@@ -15,7 +15,9 @@ import yaml
 from support.promql import Samples
 from walship.replica.counts import Operation
 from walship.replica.engine import Status, Work
+from walship.replica.errors import StoreUnavailable
 from walship.replica.levels import L0Files
+from walship.replica.sqlite import FencedError, RefusedError
 from walship.vfs.exposition import families
 from walship.vfs.measures import DatabaseMetrics, Metrics
 
@@ -75,9 +77,14 @@ def metrics(*databases: DatabaseMetrics) -> Metrics:
 
 def samples(*databases: DatabaseMetrics) -> list[tuple[str, dict[str, str], float]]:
     """What is exported of these databases."""
+    return samples_of(metrics(*databases))
+
+
+def samples_of(found: Metrics) -> list[tuple[str, dict[str, str], float]]:
+    """All that is exported."""
     return [
         (sample.name, sample.labels, sample.value)
-        for family in families(metrics(*databases))
+        for family in families(found)
         for sample in family.samples
     ]
 
@@ -143,6 +150,26 @@ def test_alerts_fire(database: DatabaseMetrics, alerts: set[str]) -> None:
     other = replace(IDLE, status=replace(IDLE.status, path="/data/other.db"))
     assert firing(database) == alerts
     assert firing(other, database) == alerts
+
+
+@pytest.mark.parametrize(
+    ("error", "alerts"),
+    [
+        (StoreUnavailable("away"), {"WalshipUploadsFail"}),
+        (RefusedError("no"), {"WalshipStopped"}),
+        (OSError("no"), {"WalshipStopped"}),
+        (FencedError("theirs"), {"WalshipStopped", "WalshipFenced"}),
+    ],
+)
+def test_alerts_for_what_cannot_be_opened(error: Exception, alerts: set[str]) -> None:
+    """A database that ``walship replicate`` cannot open has its alerts too."""
+    found = Metrics(databases=(IDLE,), unopened={"/data/b.db": error}, operations=(), requests={})
+    now = Samples(samples_of(found), NOW)
+    fired = {name: now.evaluate(rule["expr"]) for name, rule in rules().items()}
+    assert {name for name, value in fired.items() if value} == alerts
+    for value in fired.values():
+        assert isinstance(value, dict)
+        assert set(value) <= {frozenset({("db", "/data/b.db")})}
 
 
 def test_every_alert_is_seen_to_fire() -> None:
