@@ -43,11 +43,13 @@ from .format.types import LEVEL_SNAPSHOT, format_segment_name
 from .level_settings import LevelSettings
 from .levels import (
     Compaction,
+    L0Files,
     Listing,
     compactions,
     expired,
     expired_l0,
     is_due,
+    l0_files,
     next_due_ms,
     snapshot,
 )
@@ -242,6 +244,10 @@ class Levels:
         self._due_lock = threading.Lock()
         #: When `step` wants to be called, by the monotonic clock; infinite while all is done.
         self.due = _NEVER
+        #: The segments of level 0 as they were found last; None as long as nobody has looked.
+        self.l0: L0Files | None = None
+        #: How often something that was to be merged turned out to be damaged.
+        self.n_damaged = 0
         # For the thread that steps.
         self._listing: Listing | None = None
         self._last_ms: dict[int, int] = {}
@@ -276,7 +282,7 @@ class Levels:
 
     def begin(self) -> None:
         """This process has become the one that uploads: forget what was known of the replica."""
-        self._listing = None
+        self._listing = self.l0 = None
         self._active = self._resting = False
         self._damaged.clear()
         self.due = _NEVER
@@ -361,6 +367,7 @@ class Levels:
             if made is not None:
                 self._carry_out(listing, made)
         self._delete_expired(listing, now_ms)
+        self.l0 = l0_files(listing, self._settings, now_ms)
         due_ms = next_due_ms(listing, self._settings, now_ms)
         waits_s = [damage.retry_at - now for damage in self._damaged.values()]
         if due_ms is not None:
@@ -437,6 +444,7 @@ class Levels:
 
     def _note_damage(self, level: int, text: str) -> None:
         """Leave a level alone for a while; said once."""
+        self.n_damaged += 1
         before = self._damaged.get(level)
         failures = 1 if before is None else before.failures + 1
         wait_s = min(_DAMAGE_LONGEST_S, _DAMAGE_FIRST_S * 2.0 ** min(failures - 1, 10))

@@ -33,6 +33,7 @@ from .fence import Fence
 from .format.ltx import PageEncoding
 from .format.types import format_txid
 from .host import Host
+from .levels import L0Files
 from .listing import replica_head
 from .marks import Mark, check_label, put_mark, remove_mark
 from .pagemap import History, PageMap
@@ -142,6 +143,7 @@ class Work:
         sync_s: seconds that it took.
         wal_bytes: bytes of the WAL that were made ready for sending.
         checkpoints: checkpoints that connections of this process began.
+        damaged_merges: how often segments that were to be merged turned out to be damaged.
     """
 
     uploads: int
@@ -151,6 +153,7 @@ class Work:
     sync_s: float
     wal_bytes: int
     checkpoints: int
+    damaged_merges: int
 
 
 class Engine:
@@ -780,7 +783,12 @@ class Engine:
             sync_s=progress.sync_s,
             wal_bytes=self.capture.wal_bytes,
             checkpoints=self.capture.checkpoints,
+            damaged_merges=self._levels.n_damaged,
         )
+
+    def l0_files(self) -> L0Files | None:
+        """The replica's segments of level 0 when they were looked at last; None if not by us."""
+        return self._levels.l0 if self.uploader.leads else None
 
     def _fence_state(self) -> str:
         if isinstance(self.uploader.fatal, FencedError):

@@ -39,11 +39,13 @@ __all__ = [
     "KEPT_L0",
     "MAX_INPUTS",
     "Compaction",
+    "L0Files",
     "Listing",
     "compactions",
     "expired",
     "expired_l0",
     "is_due",
+    "l0_files",
     "next_due_ms",
     "snapshot",
 ]
@@ -57,6 +59,8 @@ KEPT_L0: Final = IN_FLIGHT_MAX + 1
 
 _by_name: Final = attrgetter("min_txid", "max_txid")
 _by_min: Final = attrgetter("min_txid")
+_by_max: Final = attrgetter("max_txid")
+_by_time: Final = attrgetter("created_ms")
 
 
 class Listing:
@@ -301,6 +305,32 @@ def expired_l0(listing: Listing, settings: LevelSettings, now_ms: int) -> list[S
     while doomed and not _is_end(listing, doomed[-1].max_txid, base):
         doomed.pop()
     return [segment for segment in doomed if segment not in listing.pinned]
+
+
+@dataclass(frozen=True, slots=True)
+class L0Files:
+    """Segments of level 0 in a replica, counted by what keeps them.
+
+    Attributes:
+        eligible: nothing: they may be removed.
+        not_compacted: no higher level holds them yet.
+        too_recent: they were merged, and are kept for a while (``l0-retention``).
+    """
+
+    eligible: int
+    not_compacted: int
+    too_recent: int
+
+
+def l0_files(listing: Listing, settings: LevelSettings, now_ms: int) -> L0Files:
+    """Count the segments of level 0; takes no longer for many of them."""
+    segments = listing[0]
+    reach = max(listing.reach(level) for level in range(1, LEVEL_SNAPSHOT + 1))
+    n_merged = bisect_right(segments, reach, key=_by_max)
+    oldest_ms = now_ms - round(settings.l0_retention_s * 1000)
+    removable = max(0, min(n_merged, len(segments) - KEPT_L0))
+    n_old = bisect_right(segments, oldest_ms, 0, removable, key=_by_time)
+    return L0Files(n_old, len(segments) - n_merged, n_merged - n_old)
 
 
 def _ripe_l0_ms(listing: Listing, settings: LevelSettings, base: SegmentInfo | None) -> int | None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
 from walship.replica.counts import BUCKETS_S, Operation
-from walship.replica.errors import ConfigError
+from walship.replica.errors import ConfigError, StoreError
+from walship.replica.sqlite import FencedError
 from walship.replica.values import parse_address
 
 from .measures import DatabaseMetrics, Metrics, metrics
@@ -101,6 +103,11 @@ _PLAIN_COUNTERS: Final[tuple[_Row, ...]] = (
     ),
     ("litestream_sync_error_count", "How often that failed.", lambda it: it.work.sync_errors),
     ("litestream_sync_seconds", "Seconds that it took.", lambda it: it.work.sync_s),
+    (
+        "litestream_compaction_verify_error_count",
+        "How often segments that were to be merged turned out to be damaged.",
+        lambda it: it.work.damaged_merges,
+    ),
 )
 
 _COUNTERS: Final[tuple[_Row, ...]] = (
@@ -260,10 +267,22 @@ def families(found: Metrics) -> Iterator[Metric]:
         yield gauge
     for name, meaning, label, values, which in _STATES:
         gauge = GaugeMetricFamily(name, meaning, labels=["db", label])
-        for path, each in databases:
+        holds = {path: which(each) for path, each in databases}
+        holds.update(_of_unopened(name, found.unopened))
+        for path, held in holds.items():
             for one in values:
-                gauge.add_metric([path, one], which(each) == one)
+                gauge.add_metric([path, one], held == one)
         yield gauge
+    level_0 = GaugeMetricFamily(
+        "litestream_l0_retention_files_total",
+        "Segments of level 0 in the replica, by what keeps them.",
+        labels=["db", "status"],
+    )
+    for path, each in databases:
+        if each.l0_files is not None:
+            for status, number in asdict(each.l0_files).items():
+                level_0.add_metric([path, status], number)
+    yield level_0
     where = GaugeMetricFamily(
         "walship_replica_info", "Where a database is shipped to; 1.", labels=["db", "replica"]
     )
@@ -287,6 +306,19 @@ def families(found: Metrics) -> Iterator[Metric]:
     for request, number in found.requests.items():
         sent.add_metric([request], number)
     yield sent
+
+
+def _of_unopened(name: str, unopened: Mapping[str, Exception]) -> dict[str, str]:
+    """What `_STATES` say of databases that cannot be opened."""
+    if name == "walship_state":
+        return {
+            path: "retrying" if isinstance(error, StoreError) and error.retryable else "stopped"
+            for path, error in unopened.items()
+        }
+    if name == "walship_fence_state":
+        fenced = (path for path, error in unopened.items() if isinstance(error, FencedError))
+        return dict.fromkeys(fenced, "lost")
+    return {}
 
 
 def _operations(operations: Iterable[Operation]) -> Iterator[Metric]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from walship.replica.counts import Operation
 from walship.replica.engine import Engine, Status, Work
+from walship.replica.levels import L0Files
 
 from .registry import registry
 
@@ -25,12 +26,15 @@ class DatabaseMetrics:
         status: how it stands: the same in each process that has the database open, because the one
             that uploads is asked.
         work: what this process has done for it since it opened it.
+        l0_files: segments of level 0 in the replica when they were merged or removed last; None
+            where another process does that, or nobody has yet.
         database_bytes: size of the database file.
         validation_interval_s: how often its replica is to be verified, seconds; 0: never.
     """
 
     status: Status
     work: Work
+    l0_files: L0Files | None
     database_bytes: int
     validation_interval_s: float
 
@@ -41,6 +45,8 @@ class Metrics:
 
     Attributes:
         databases: those that are open here and have a replica, by path.
+        unopened: those that ``walship replicate`` is to replicate and cannot open, with the reason,
+            by path; it tries again all the time.
         operations: what was asked of stores, for all databases together, since the process began;
             each attempt counts.
         requests: requests that went to S3 stores, by their names in S3's API ("PutObject"): what
@@ -49,6 +55,7 @@ class Metrics:
     """
 
     databases: tuple[DatabaseMetrics, ...]
+    unopened: Mapping[str, Exception] = field(default_factory=dict)
     operations: tuple[Operation, ...]
     requests: Mapping[str, int]
 
@@ -60,9 +67,12 @@ def metrics() -> Metrics:
     second for each database while that process is stopped.
     """
     requests = registry.host.requests
-    found = sorted(registry.engines(), key=lambda engine: engine.path)
+    unopened = registry.unopened()
+    found = [engine for engine in registry.engines() if engine.path not in unopened]
+    found.sort(key=lambda engine: engine.path)
     return Metrics(
         databases=tuple(_of(engine) for engine in found),
+        unopened=unopened,
         operations=requests.operations(),
         requests=requests.requests(),
     )
@@ -76,6 +86,7 @@ def _of(engine: Engine) -> DatabaseMetrics:
     return DatabaseMetrics(
         status=engine.status(),
         work=engine.work(),
+        l0_files=engine.l0_files(),
         database_bytes=n_bytes,
         validation_interval_s=engine.settings.validation_interval_s,
     )

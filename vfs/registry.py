@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol
 from urllib.parse import unquote
@@ -74,6 +74,8 @@ class Registry:
         self._guarded = False
         self._exiting = False
         self.services: Services | None = None
+        #: Databases that this process is to replicate and cannot open, with the reason, by path.
+        self.unopened: Callable[[], Mapping[str, Exception]] = dict
         self._has_services = False
 
     # -- configuration ------------------------------------------------------------------------
@@ -119,9 +121,8 @@ class Registry:
             return self._engines.get(canonical(path))
 
     def engines(self) -> list[Engine]:
-        """All engines at work."""
-        with self._lock:
-            return list(self._engines.values())
+        """All engines at work.  Does not wait for a database that is being opened, or restored."""
+        return list(self._engines.values())
 
     # -- connections --------------------------------------------------------------------------
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
 from typing import Final
 
 from walship.replica.config import Settings
@@ -36,23 +35,15 @@ class Services:
         # Guards the fields below.
         self._lock = threading.Lock()
         self._settings = Settings()
-        self._trouble: Callable[[], str | None] = lambda: None
         self._begun = False
         self._server: MetricsServer | None = None
         self._heartbeat: Heartbeat | None = None
         registry.services = self
 
-    def configure(
-        self, settings: Settings, trouble: Callable[[], str | None] = lambda: None
-    ) -> None:
-        """What is asked for from now on, in place of what was asked for before.
-
-        Args:
-            trouble: says what else keeps replication from being well, or None.
-        """
+    def configure(self, settings: Settings) -> None:
+        """What is asked for from now on, in place of what was asked for before."""
         with self._lock:
             before, self._settings = self._settings, settings
-            self._trouble = trouble
             if self._begun and _asked(before) != _asked(settings):
                 self._close()
                 self._start()
@@ -120,8 +111,8 @@ class Services:
         self._server = self._heartbeat = None
 
     def _what_is_wrong(self, limit_s: float) -> str | None:
-        if trouble := self._trouble():
-            return trouble
+        for path, error in self._registry.unopened().items():
+            return f"{path}: {error}"
         engines = self._registry.engines()
         if not engines:
             return "no database is open"

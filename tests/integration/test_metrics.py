@@ -186,6 +186,23 @@ def test_what_is_not_known_has_no_sample(tmp_path: Path) -> None:
         assert not [name for name in found if "timestamp" in name or "verified_txid" in name]
 
 
+def test_level_0(tmp_path: Path) -> None:
+    """Once it was looked for what to merge, segments of level 0 are counted by what keeps them."""
+    database = Database(tmp_path, levels=["1s"])
+    key = f"litestream_l0_retention_files_total{{db={database.path},status="
+    with database.opened() as db, walship.serve_metrics("127.0.0.1:0") as server:
+        for n in range(30):
+            db.execute(f"create table t{n}(x)")
+            database.sync()
+        wait(lambda: fetch(server.address).get(f"{key}too_recent}}"))
+        (found,) = walship.metrics().databases
+        assert found.l0_files is not None
+        assert found.l0_files.eligible == 0
+        seen = found.l0_files.not_compacted + found.l0_files.too_recent
+        assert 0 < seen <= found.status.txid  # more may have come since
+        assert found.work.damaged_merges == 0
+
+
 def test_failed_operations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What stores refuse is counted by its code."""
     stores = Stores(monkeypatch)

@@ -95,13 +95,19 @@ def wait(is_so: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
-def answers(port: int) -> bool:
-    """Whether metrics are served there."""
+def text_of(port: int) -> str:
+    """What is served there; nothing if nobody does."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=WAIT_S) as answer:
-            return b"walship_replication_lag_seconds" in answer.read()
+            text: str = answer.read().decode()
+            return text
     except OSError:
-        return False
+        return ""
+
+
+def answers(port: int) -> bool:
+    """Whether metrics are served there."""
+    return "walship_replication_lag_seconds" in text_of(port)
 
 
 def configuration(tmp_path: Path, *lines: str) -> Path:
@@ -150,16 +156,20 @@ def test_another_file_another_address(tmp_path: Path, port: int) -> None:
         db.close()
 
 
-def test_a_child_serves_by_itself(tmp_path: Path, port: int) -> None:
-    """Configured before a fork, metrics are served by the child that opens a database."""
+@pytest.mark.parametrize("served", [False, True])
+def test_a_child_serves_by_itself(tmp_path: Path, port: int, served: bool) -> None:
+    """After a fork it is the child that opens a database which serves, once its parent is gone."""
     script = f"""
 import os, sys, walship
 walship.configure({str(configuration(tmp_path, f"addr: 127.0.0.1:{port}"))!r})
+if {served}:
+    walship.connect({str(tmp_path / "app.db")!r}).close()
+ended, held = os.pipe()
 if os.fork():
-    sys.stdin.read()
     os._exit(0)
+os.close(held)
+os.read(ended, 1)  # until the parent is gone
 db = walship.connect({str(tmp_path / "app.db")!r})
-db.execute("create table if not exists t(x)")
 print(flush=True)
 sys.stdin.read()
 db.close()
@@ -169,13 +179,13 @@ db.close()
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    process.stdout.readline()
     try:
+        process.stdout.readline()
         assert answers(port)
     finally:
         process.stdin.close()
         process.wait(WAIT_S)
-        process.stdout.read()
+        process.stdout.read()  # the child has ended
         process.stdout.close()
 
 
@@ -208,9 +218,10 @@ def test_who_beats(tmp_path: Path) -> None:
             db.execute("create table t(x)")
             database.sync()
             assert mine._what_is_wrong(60.0) is None
-            mine.configure(Settings(), lambda: "b.db cannot be opened")
-            assert mine._what_is_wrong(60.0) == "b.db cannot be opened"
+            registry.unopened = lambda: {"/b.db": OSError("it is a directory")}
+            assert mine._what_is_wrong(60.0) == "/b.db: it is a directory"
     finally:
+        registry.unopened = dict
         registry.services = services
 
 
@@ -267,6 +278,23 @@ def test_the_sidecar(tmp_path: Path, port: int, beats: tuple[str, list[str]]) ->
     assert all(line.startswith('{"time": "') for line in lines)
     assert any(f"metrics are served on 127.0.0.1:{port}" in line for line in lines)
     assert url not in out
+
+
+def test_the_sidecar_reports_what_it_cannot_open(tmp_path: Path, port: int) -> None:
+    """A database that cannot be replicated is among the metrics for as long as that is so."""
+    (tmp_path / "app.db").write_bytes(b"this is no database, whatever its name says" * 100)
+    file = configuration(tmp_path, f"addr: 127.0.0.1:{port}")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "walship.cli", "replicate", "-config", str(file)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    labels = f'{{db="{tmp_path}/app.db",state="stopped"}}'
+    try:
+        wait(lambda: f"walship_state{labels} 1.0" in text_of(port) or process.poll() is not None)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=WAIT_S)
 
 
 def test_the_sidecar_needs_its_address(tmp_path: Path, port: int) -> None:

@@ -477,6 +477,7 @@ def test_logging_section(load: Load) -> None:
         ("heartbeat-interval: 59s", "heartbeat-interval: must be at least 1m"),
         ("heartbeat-url: hc-ping.com/x", "heartbeat-url: a URL that begins with https://"),
         ("heartbeat-url: file:///etc/passwd", "heartbeat-url: a URL that begins with https://"),
+        ("heartbeat-url: ftp://host/x", "heartbeat-url: a URL that begins with https://"),
         ("heartbeat-url: 'https://'", "heartbeat-url: a URL that begins with https://"),
         ("heartbeat-url: 'https://a:b/'", "heartbeat-url: a URL that begins with https://"),
         ("heartbeat-url: 'https://a b/'", "heartbeat-url: a URL that begins with https://"),

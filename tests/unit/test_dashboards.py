@@ -15,6 +15,9 @@ import yaml
 from support.promql import Samples
 from walship.replica.counts import Operation
 from walship.replica.engine import Status, Work
+from walship.replica.errors import StoreUnavailable
+from walship.replica.levels import L0Files
+from walship.replica.sqlite import FencedError, RefusedError
 from walship.vfs.exposition import families
 from walship.vfs.measures import DatabaseMetrics, Metrics
 
@@ -51,7 +54,9 @@ IDLE = DatabaseMetrics(
         sync_s=0.1,
         wal_bytes=4152,
         checkpoints=0,
+        damaged_merges=0,
     ),
+    l0_files=L0Files(eligible=0, not_compacted=1, too_recent=2),
     database_bytes=8192,
     validation_interval_s=0.0,
 )
@@ -72,9 +77,14 @@ def metrics(*databases: DatabaseMetrics) -> Metrics:
 
 def samples(*databases: DatabaseMetrics) -> list[tuple[str, dict[str, str], float]]:
     """What is exported of these databases."""
+    return samples_of(metrics(*databases))
+
+
+def samples_of(found: Metrics) -> list[tuple[str, dict[str, str], float]]:
+    """All that is exported."""
     return [
         (sample.name, sample.labels, sample.value)
-        for family in families(metrics(*databases))
+        for family in families(found)
         for sample in family.samples
     ]
 
@@ -142,6 +152,26 @@ def test_alerts_fire(database: DatabaseMetrics, alerts: set[str]) -> None:
     assert firing(other, database) == alerts
 
 
+@pytest.mark.parametrize(
+    ("error", "alerts"),
+    [
+        (StoreUnavailable("away"), {"WalshipUploadsFail"}),
+        (RefusedError("no"), {"WalshipStopped"}),
+        (OSError("no"), {"WalshipStopped"}),
+        (FencedError("theirs"), {"WalshipStopped", "WalshipFenced"}),
+    ],
+)
+def test_alerts_for_what_cannot_be_opened(error: Exception, alerts: set[str]) -> None:
+    """A database that ``walship replicate`` cannot open has its alerts too."""
+    found = Metrics(databases=(IDLE,), unopened={"/data/b.db": error}, operations=(), requests={})
+    now = Samples(samples_of(found), NOW)
+    fired = {name: now.evaluate(rule["expr"]) for name, rule in rules().items()}
+    assert {name for name, value in fired.items() if value} == alerts
+    for value in fired.values():
+        assert isinstance(value, dict)
+        assert set(value) <= {frozenset({("db", "/data/b.db")})}
+
+
 def test_every_alert_is_seen_to_fire() -> None:
     """The tests above leave out none; each has words for people and says how grave it is."""
     cases = test_alerts_fire.pytestmark[0].args[1]  # type: ignore[attr-defined]
@@ -191,7 +221,7 @@ def test_the_dashboard_asks_for_what_there_is() -> None:
         "litestream_replica_operation_bytes",
         "litestream_replica_operation_duration_seconds_count",
         "litestream_replica_operation_duration_seconds_sum",
-        "walship_checkpoints_total",
+        "litestream_compaction_verify_error_count",
         "walship_last_upload_timestamp_seconds",
         "walship_last_verified_txid",
         "walship_uploader",

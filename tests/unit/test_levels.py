@@ -9,11 +9,13 @@ from walship.replica.levels import (
     KEPT_L0,
     MAX_INPUTS,
     Compaction,
+    L0Files,
     Listing,
     compactions,
     expired,
     expired_l0,
     is_due,
+    l0_files,
     next_due_ms,
     snapshot,
 )
@@ -155,6 +157,17 @@ def test_level_0_goes_when_held_above_and_old_enough() -> None:
     listing.add(seg(1, 4, 4, T0 + 6))
     assert [each.max_txid for each in expired_l0(listing, SETTINGS, now)] == [1, 2, 3, 4, 5, 6]
     assert expired_l0(listing, LevelSettings(retention=False), now) == []
+
+
+def test_level_0_is_counted_by_what_keeps_it() -> None:
+    """What no level holds, what is kept for a while, what may go; the newest are never removed."""
+    assert l0_files(Listing(), SETTINGS, T0) == L0Files(0, 0, 0)
+    assert l0_files(Listing(l0(0, 1)), SETTINGS, T0 + HOUR) == L0Files(0, 2, 0)
+    segments = [seg(9, 1, 1, T0), seg(1, 2, 20, T0 + 20 * S)]
+    listing = Listing([*segments, *l0(*(n * S for n in range(20))), *l0(20 * S, first=21)])
+    assert l0_files(listing, SETTINGS, T0 + 10 * S) == L0Files(0, 1, 20)
+    assert l0_files(listing, SETTINGS, T0 + 304 * S) == L0Files(5, 1, 15)
+    assert l0_files(listing, SETTINGS, T0 + HOUR) == L0Files(21 - KEPT_L0, 1, KEPT_L0 - 1)
 
 
 def test_the_newest_of_level_0_stay() -> None:

@@ -12,7 +12,7 @@ from walship.logs import logging_to
 from walship.replica.config_file import Settings
 from walship.replica.errors import ConfigError
 from walship.replica.settings import DatabaseSettings
-from walship.vfs.registry import canonical
+from walship.vfs.registry import canonical, registry
 from walship.vfs.services import services
 
 from .control import DEFAULT_PATH, ControlServer, call
@@ -59,7 +59,7 @@ def replicate(
     def reload() -> Listing:
         fresh = read()
         listing = _listing(fresh)
-        services.configure(fresh, lambda: _trouble_of(service))
+        services.configure(fresh)
         return listing
 
     with logging_to(settings.logging):
@@ -72,18 +72,23 @@ def replicate(
 @contextmanager
 def _observed(service: Service, settings: Settings) -> Iterator[None]:
     """Metrics are served and heartbeats sent meanwhile, if they are asked for."""
-    services.configure(settings, lambda: _trouble_of(service))
+    registry.unopened = lambda: _unopened(service)
+    services.configure(settings)
     services.start_now()
     try:
         yield
     finally:
         services.close()
+        registry.unopened = dict
 
 
-def _trouble_of(service: Service) -> str | None:
-    """A database that cannot be replicated, and why; None if there is none."""
-    failed = (worker for worker in service.workers() if worker.state == "failed")
-    return next((f"{worker.path}: {worker.error}" for worker in failed), None)
+def _unopened(service: Service) -> dict[str, Exception]:
+    """Databases that cannot be replicated, and why."""
+    return {
+        worker.path: worker.error
+        for worker in service.workers()
+        if worker.state == "failed" and worker.error is not None
+    }
 
 
 def _listing(settings: Settings) -> Listing:
