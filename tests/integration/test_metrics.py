@@ -226,6 +226,7 @@ def test_registered_once(tmp_path: Path) -> None:
     walship.register_metrics(registry)
     database = Database(tmp_path)
     with database.opened():
+        database.sync()
         names = [family.name for family in registry.collect()]
         assert names.count("walship_replication_lag_seconds") == 1
         labels = {"db": str(database.path)}

@@ -46,8 +46,9 @@ WELL = Status(
 
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
-    """What a test configures ends with it."""
+    """A test begins as a process does, and what it configures ends with it."""
     settings, directories = dict(registry._settings), dict(registry._directories)
+    services.close()
     registry._has_services = False
     yield
     services.close()

@@ -463,7 +463,7 @@ def test_settings_without_effect_are_said(caplog: pytest.LogCaptureFixture) -> N
     """A setting that changes nothing is accepted and logged with the reason."""
     with caplog.at_level(logging.INFO):
         database_settings("/app.db", "s3://b", environ={}, monitor_interval="1s")
-        parse_replica({"bucket": "b", "heartbeat-interval": "1m"}, environ={})
+        parse_replica({"bucket": "b", "auto-recover": True}, environ={})
     assert [(r.levelname, "monitor-interval" in r.getMessage()) for r in caplog.records] == [
         ("INFO", True),
         ("WARNING", False),
