@@ -22,6 +22,7 @@ from support.databases import WAIT_S, Database, Stores
 from support.workers import Workers, workers
 from walship.replica.capture import Capture
 from walship.replica.sqlite import SpoolError
+from walship.vfs.registry import registry
 
 
 @pytest.fixture
@@ -219,18 +220,26 @@ def test_failed_operations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         stores.last.before = 0.0
 
 
+def test_nobody_waits_for_a_database_that_is_being_opened(tmp_path: Path) -> None:
+    """A restore may take minutes; the numbers of the others are there meanwhile."""
+    database = Database(tmp_path)
+    with database.opened(), walship.serve_metrics("127.0.0.1:0") as server, registry._lock:
+        # Asked for by another thread, which an opening holds up where it may.
+        assert f"litestream_db_size{{db={database.path}}}" in fetch(server.address)
+
+
 def test_registered_once(tmp_path: Path) -> None:
     """An application's own registry gives our numbers out beside its own; twice is once."""
-    registry = CollectorRegistry()
-    walship.register_metrics(registry)
-    walship.register_metrics(registry)
+    own = CollectorRegistry()
+    walship.register_metrics(own)
+    walship.register_metrics(own)
     database = Database(tmp_path)
     with database.opened():
         database.sync()
-        names = [family.name for family in registry.collect()]
+        names = [family.name for family in own.collect()]
         assert names.count("walship_replication_lag_seconds") == 1
         labels = {"db": str(database.path)}
-        assert registry.get_sample_value("walship_replication_lag_seconds", labels) == 0
+        assert own.get_sample_value("walship_replication_lag_seconds", labels) == 0
 
 
 def test_an_address_that_is_taken() -> None:
