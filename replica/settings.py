@@ -159,7 +159,7 @@ _OF_OTHER_TYPES: Final = (
 
 #: Settings that are accepted, because Litestream has them, and change nothing.
 WITHOUT_EFFECT: Final[Mapping[str, str]] = {
-    "auto-recover": "not yet: a resync is a full snapshot at the next TXID",
+    "auto-recover": "pages are compared and what differs is shipped, without being asked",
     "checkpoint-interval": "SQLite checkpoints by itself, and nothing holds it back",
     "max-checkpoint-page-count": "checkpoints that block readers are not used",
     "max-sync-ltx-files": "pending segments are merged before they are sent",
@@ -295,10 +295,8 @@ class Remarks:
     def without_effect(self, key: str) -> None:
         """Say that a setting of Litestream's changes nothing here, and why."""
         reason = WITHOUT_EFFECT[key]
-        # What is missing here matters more than what is not needed here.
-        level = logging.WARNING if reason.startswith("not yet") else logging.INFO
         if self._is_news(key, ""):
-            _log.log(level, "setting-without-effect key=%s reason=%s", key, reason)
+            _log.info("setting-without-effect key=%s reason=%s", key, reason)
 
     def _is_news(self, key: str, where: str) -> bool:
         news = (key, where) not in self._said

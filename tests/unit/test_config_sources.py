@@ -466,7 +466,7 @@ def test_settings_without_effect_are_said(caplog: pytest.LogCaptureFixture) -> N
         parse_replica({"bucket": "b", "auto-recover": True}, environ={})
     assert [(r.levelname, "monitor-interval" in r.getMessage()) for r in caplog.records] == [
         ("INFO", True),
-        ("WARNING", False),
+        ("INFO", False),
     ]
 
 
