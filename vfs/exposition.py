@@ -211,8 +211,9 @@ class MetricsServer:
     def __init__(self, server: WSGIServer, thread: threading.Thread) -> None:
         self._server = server
         self._thread = thread
-        #: Where: ``host:port``.
-        self.address = f"{server.server_address[0]!s}:{server.server_port}"
+        host = str(server.server_address[0])
+        #: Where: ``host:port``, as `serve_metrics` takes it.
+        self.address = f"{f'[{host}]' if ':' in host else host}:{server.server_port}"
 
     def __enter__(self) -> MetricsServer:
         return self

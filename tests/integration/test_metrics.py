@@ -270,6 +270,18 @@ def test_all_addresses() -> None:
         assert fetch(f"127.0.0.1:{port}")
 
 
+def test_ipv6() -> None:
+    """An IPv6 address stands in brackets, as in a URL."""
+    with socket.socket(socket.AF_INET6) as free:
+        try:
+            free.bind(("::1", 0))
+        except OSError:
+            pytest.skip("there is no IPv6 here")
+    with walship.serve_metrics("[::1]:0") as server:
+        assert server.address.startswith("[::1]:")
+        assert fetch(server.address)
+
+
 def test_without_prometheus_client() -> None:
     """Numbers are there without it; what needs it says how to get it."""
     script = """
