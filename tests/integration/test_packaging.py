@@ -85,7 +85,7 @@ def expected_files(tree: Path) -> dict[str, bytes]:
     package = tree / "src/walship"
     files = {f"walship/{path.name}": path for path in package.glob("*.py") if path.is_file()}
     files["walship/py.typed"] = package / "py.typed"
-    for top in (tree / "vfs", tree / "replica", package / "sidecar"):
+    for top in (tree / "vfs", tree / "replica", package / "commands", package / "sidecar"):
         for path in top.rglob("*.py"):
             files[f"walship/{top.name}/{path.relative_to(top)}"] = path
     return {name: path.read_bytes() for name, path in files.items()}

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.skipif(
     not (ROOT / "replica").is_dir(), reason="tests of an installed wheel: there are no sources"
 )
 
-LAYERS = "Imports point down: cli, sidecar, middleware, aio, logs, vfs, replica"
+LAYERS = "Imports point down: cli, commands, sidecar, middleware, aio, logs, vfs, replica"
+COMMANDS = "Imports point down: commands, what they share"
 SIDECAR = "Imports point down: commands of the sidecar, its service, one database"
 ENGINE = "Imports point down: engine, store, format, base"
 BOTO = "Only the S3 store knows boto3"
@@ -24,6 +25,7 @@ SQLITE = "SQLite is reached through the VFS, the port and those that check or wr
 SEES = "The VFS sees no store and no format"
 
 VIOLATIONS = [
+    (COMMANDS, "src/walship/commands/options.py", "from walship.commands import restoring"),
     (SIDECAR, "src/walship/sidecar/service.py", "from walship.sidecar import control"),
     (LAYERS, "vfs/registry.py", "from walship.sidecar.hold import Hold"),
     (LAYERS, "vfs/files.py", "import walship.cli"),
@@ -85,7 +87,7 @@ def test_layers_hold(tmp_path: Path) -> None:
     """Every contract is kept by the sources as they are."""
     done = lint(copy_sources(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "6 kept, 0 broken" in done.stdout
+    assert "7 kept, 0 broken" in done.stdout
 
 
 @pytest.mark.parametrize(

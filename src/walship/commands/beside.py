@@ -1,0 +1,79 @@
+"""``walship replicate`` and the commands to it."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from typing import Final
+
+from walship.commands.exits import EXIT_OK
+from walship.commands.output import print_json
+from walship.commands.targets import load, required_config
+from walship.replica.clock import Clock
+from walship.replica.config import (
+    Settings,
+    database_settings,
+    log_level,
+    parse_replica,
+)
+from walship.replica.config_file import SocketSettings
+from walship.replica.errors import (
+    ConfigError,
+)
+from walship.replica.format.types import format_txid
+from walship.replica.settings import database_path
+from walship.sidecar.commands import control, replicate, socket_of
+
+__all__ = ["run_control", "run_replicate"]
+
+
+def run_replicate(arguments: argparse.Namespace, clock: Clock) -> int:
+    if arguments.database is not None and arguments.replica is None:
+        raise ConfigError(
+            f"where to? Try: walship replicate {arguments.database} s3://bucket/path (or name the"
+            " database in a configuration file, and give no argument)"
+        )
+    if arguments.database is not None and arguments.config is not None:
+        raise ConfigError("DB REPLICA and -config exclude each other: drop one of them")
+
+    def read() -> Settings:
+        if arguments.database is None:
+            settings, _ = required_config(arguments)
+        else:
+            path = database_path(arguments.database)
+            replica = parse_replica(arguments.replica)
+            settings = Settings(databases=(database_settings(path, replica),))
+        if arguments.socket is not None:
+            permissions = settings.socket or SocketSettings()
+            settings = replace(settings, socket=replace(permissions, path=arguments.socket))
+        level = arguments.log_level or log_level() or settings.logging.level
+        return replace(settings, logging=replace(settings.logging, level=level))
+
+    return replicate(
+        read,
+        command=arguments.exec,
+        only_once=arguments.once,
+        snapshot=arguments.force_snapshot,
+        tend=arguments.enforce_retention,
+        restore_missing=arguments.restore_if_db_not_exists,
+    )
+
+
+def run_control(arguments: argparse.Namespace, clock: Clock) -> int:
+    loaded = None if arguments.socket is not None else load(arguments)
+    socket = socket_of(arguments.socket, None if loaded is None else loaded[0])
+    fields: dict[str, object] = {"path": str(database_path(arguments.database))}
+    if arguments.command == "register":
+        fields["replica_url"] = arguments.replica
+    if arguments.command == "sync":
+        fields["wait"] = arguments.wait
+    answer = control(socket, arguments.command, arguments.timeout, **fields)
+    if arguments.json:
+        print_json(answer)
+        return EXIT_OK
+    txids = [f"{name} {format_txid(answer[name])}" for name in _TXIDS if name in answer]
+    print(", ".join([f"{answer['path']}: {answer['status']}", *txids]))
+    return EXIT_OK
+
+
+_TXIDS: Final = ("txid", "replicated_txid")
