@@ -586,9 +586,9 @@ def count_connects(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     made: list[object] = []
     real = s3._connect
 
-    def connect(settings: object) -> s3._Connection:
+    def connect(settings: object, sent: object) -> s3._Connection:
         made.append(settings)
-        return real(settings)  # type: ignore[arg-type]
+        return real(settings, sent)  # type: ignore[arg-type]
 
     monkeypatch.setattr(s3, "_connect", connect)
     return made
