@@ -9,6 +9,7 @@ walship, or by plain apsw (with Litestream in another process or without).
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import itertools
@@ -19,7 +20,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -509,17 +510,43 @@ def levels(job: Job) -> Job:
         else:
             time.sleep(1.0)
         before_mb = high_water_kb() / 1024
-        times = sorted(_paced(db, job["seconds"], job["rate"]))
+        with _children_watched() as children_mb:
+            times = sorted(_paced(db, job["seconds"], job["rate"]))
         results[f"{name}_p50_us"] = percentile(times, 0.5) * 1e6
         results[f"{name}_p999_us"] = percentile(times, 0.999) * 1e6
         results[f"{name}_max_ms"] = times[-1] * 1e3
-        results[f"{name}_mb"] = high_water_kb() / 1024 - before_mb
+        results[f"{name}_mb"] = high_water_kb() / 1024 - before_mb + max(children_mb, default=0)
         db.close()
     for level, found in merged.items():
         seconds = sum(each[1] for each in found)
         results[f"level_{level}_mb_per_s"] = sum(each[0] for each in found) / 1e6 / seconds
         results[f"level_{level}_n"] = len(found)
     return results
+
+
+@contextlib.contextmanager
+def _children_watched() -> Iterator[list[float]]:
+    """Peak memory of each child process, MB, as far as a look now and then shows it."""
+    found: list[float] = []
+    done = threading.Event()
+
+    def look() -> None:
+        tasks = [f"/proc/self/task/{task}/children" for task in os.listdir("/proc/self/task")]
+        for path in tasks:
+            with contextlib.suppress(OSError), open(path) as file:
+                found.extend(high_water_kb(int(pid)) / 1024 for pid in file.read().split())
+
+    def run() -> None:
+        while not done.wait(0.5):
+            look()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()
 
 
 def _grow_segments(job: Job, db: apsw.Connection) -> None:

@@ -4,11 +4,10 @@ One `Levels` for each database, at work only in the process that uploads.  What 
 replica is one listing, taken when there is first something to do and kept up to date from then on
 with what this process does: nobody else writes there.  So a database at rest sends no requests.
 
-A segment is merged in one pass and bounded memory into a file of the state directory, and put from
-there, create-only.  Inputs come from the copies that `Kept` has on this disk, else from the replica
-by ranged reads.  A single input is copied inside the store.  Segments are deleted only by a later
-step, when the merged one is known to be there, and, like everything that changes the replica, only
-under a lease that is proven.
+Segments are merged in bounded memory (`merging`), large ones in a process of low priority, so that
+the application does not feel it.  A single input is copied inside the store.  Segments are deleted
+only by a later step, when the merged one is known to be there, and, like everything that changes
+the replica, only under a lease that is proven.
 
 A crash between any two requests leaves a replica that restores: what was merged lies there twice,
 and the next listing shows it.
@@ -17,7 +16,6 @@ and the next listing shows it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import queue
@@ -26,19 +24,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Final, TypeVar
+from typing import Final, TypeVar
 
+from .child import ChildError
 from .clock import Clock
 from .errors import (
     ClosedError,
     FormatError,
-    PreconditionFailed,
     RestoreError,
     StoreError,
 )
 from .files import Files
-from .format.ltx import HEADER_SIZE, Header, PageEncoding
-from .format.merge import MergeInput, merge
+from .format.ltx import PageEncoding
 from .format.types import LEVEL_SNAPSHOT, format_segment_name
 from .level_settings import LevelSettings
 from .levels import (
@@ -54,24 +51,17 @@ from .levels import (
     snapshot,
 )
 from .marks import KnownMarks, list_marks, pinned
+from .merging import Apart, Input, Made, Merge, carry_out
 from .sqlite import FencedError
-from .store.base import (
-    SHA256_METADATA,
-    ObjectStore,
-    SegmentInfo,
-    list_segments,
-    segment_key,
-)
+from .store.base import ObjectStore, SegmentInfo, list_segments, segment_key
 
 __all__ = ["Kept", "Levels"]
 
 log = logging.getLogger("walship.levels")
 
-#: Read-ahead of all inputs of a merge that come from the replica, together, and of one at least
-#: and at most, bytes.
-_READ_AHEAD_BYTES: Final = 32 * 1024 * 1024
-_READ_MIN_BYTES: Final = 128 * 1024
-_READ_MAX_BYTES: Final = 8 * 1024 * 1024
+#: Merges of so many bytes or more are made in another process: below, starting it costs more than
+#: it does.
+_APART_BYTES: Final = 2 * 1024 * 1024
 #: Waits after failures double from the first to the second, seconds.
 _BACKOFF_FIRST_S: Final = 1.0
 _BACKOFF_LONGEST_S: Final = 300.0
@@ -157,16 +147,12 @@ class Kept:
         finally:
             self._files.close(fd)
 
-    def open(self, segment: SegmentInfo) -> BinaryIO | None:
-        """A kept segment, to be read from its beginning; None if it is not here."""
+    def path(self, segment: SegmentInfo) -> Path | None:
+        """Where a kept segment lies, or lay a moment ago; None if it is not here."""
         name = _kept_name(segment)
         with self._lock:
-            if self._sizes.get(name) != segment.size_bytes:
-                return None
-        try:
-            return self._files.reader(self._directory / name)
-        except OSError:
-            return None
+            is_here = self._sizes.get(name) == segment.size_bytes
+        return self._directory / name if is_here else None
 
     def drop(self, segments: Sequence[SegmentInfo]) -> bool:
         """Let go of segments, and say whether any was here."""
@@ -210,6 +196,8 @@ class Levels:
         acked_txid: highest TXID known to be in the replica with all before it.
         encoding: how pages are stored in merged segments.
         is_stopping: true once nothing should be begun any more.
+        kept: what need not be read from the replica.
+        apart: carries out large merges; None if that is done in the thread that steps.
     """
 
     def __init__(
@@ -226,6 +214,7 @@ class Levels:
         encoding: PageEncoding = PageEncoding.BLOCK,
         is_stopping: Callable[[], bool] = lambda: False,
         kept: Kept | None = None,
+        apart: Apart | None = None,
     ) -> None:
         self._name = name
         self._store = store
@@ -238,6 +227,8 @@ class Levels:
         self._encoding = encoding
         self._is_stopping = is_stopping
         self._kept = kept or Kept(directory, files)
+        self._apart = apart
+        self._apart_failed = False
         self._news: queue.SimpleQueue[SegmentInfo] = queue.SimpleQueue()
         self._demands: queue.SimpleQueue[tuple[bool, Future[int]]] = queue.SimpleQueue()
         # Guards changes of `due`, by `step` and by what is acknowledged meanwhile.
@@ -294,6 +285,19 @@ class Levels:
         Returns at once; a request that is under way may still take effect, and does no harm.
         """
         self._resting = True
+        if self._apart is not None:
+            self._apart.kill(wait=False)
+
+    def stop(self) -> None:
+        """The database is closed: there is no process that merges any more when this returns."""
+        self._resting = True
+        if self._apart is not None:
+            self._apart.kill(wait=True)
+
+    def forget(self) -> None:
+        """In a forked child, whose process that merges is its parent's."""
+        if self._apart is not None:
+            self._apart.forget()
 
     def demand(self, *, snapshot: bool) -> Future[int]:
         """Ask that what is due be done now: merging, removing what need not be kept any more.
@@ -504,82 +508,56 @@ class Levels:
         return self._info(compaction, key, info.size_bytes)
 
     def _merge(self, compaction: Compaction) -> SegmentInfo:
-        path = self._directory / f"{os.getpid()}{_MERGING}"
+        # No other process, nor an earlier one with the same id, has this name.
+        path = self._directory / f"{os.getpid()}-{self._clock.now_ms()}{_MERGING}"
+        inputs = [Input(each, self._kept.path(each)) for each in compaction.inputs]
+        job = Merge(
+            inputs=inputs,
+            min_txid=compaction.min_txid,
+            max_txid=compaction.max_txid,
+            timestamp_ms=compaction.timestamp_ms,
+            encoding=self._encoding,
+            path=path,
+            key=self._key(compaction),
+            conditional=self._conditional,
+        )
         try:
             try:
-                sha256 = self._merge_into(path, compaction, self._kept)
+                made = self._run(job)
             except FormatError:
                 # What is kept here may have been damaged by a crash of the system.
                 if not self._kept.drop(compaction.inputs):
                     raise
-                sha256 = self._merge_into(path, compaction, None)
-            self._may_go_on()
-            key = self._key(compaction)
-            self._put(key, path, compaction.timestamp_ms, sha256)
-            made = self._info(compaction, key, self._files.stat(path).st_size)
+                made = self._run(replace(job, inputs=[Input(each) for each in compaction.inputs]))
+            self._conditional = made.conditional
+            found = self._info(compaction, job.key, made.size_bytes)
             if compaction.level in self._settings.levels[:-1]:
-                self._kept.keep(made.level, made.min_txid, made.max_txid, path)
-            return made
+                self._kept.keep(found.level, found.min_txid, found.max_txid, path)
+            return found
         finally:
             with contextlib.suppress(FileNotFoundError):
                 self._files.unlink(path)
 
-    def _merge_into(self, path: Path, compaction: Compaction, kept: Kept | None) -> str:
-        """Merge into a new file; returns its sha256, hex."""
-        digest = hashlib.sha256()
-        with contextlib.ExitStack() as opened:
-            inputs = []
-            share = _READ_AHEAD_BYTES // len(compaction.inputs)
-            ahead = max(_READ_MIN_BYTES, min(_READ_MAX_BYTES, share))
-            for segment in compaction.inputs:
-                file = kept.open(segment) if kept is not None else None
-                if file is not None:
-                    opened.enter_context(file)
-                    inputs.append(MergeInput(file.read, segment.key))
-                else:
-                    inputs.append(MergeInput(_Fetch(self._store, segment, ahead).read, segment.key))
-            fd = self._files.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-            opened.callback(self._files.close, fd)
-
-            def write(parts: Sequence[Any]) -> None:
-                self._look_up()
-                data = b"".join(parts)
-                digest.update(data)
-                self._files.write(fd, [data])
-
-            merge(inputs, write, timestamp_ms=compaction.timestamp_ms, encoding=self._encoding)
-            header = Header.unpack(self._files.pread(fd, HEADER_SIZE, 0))
-        if (header.min_txid, header.max_txid) != (compaction.min_txid, compaction.max_txid):
-            raise FormatError(
-                f"{compaction.inputs[0].key} to {compaction.inputs[-1].key} do not hold the TXIDs "
-                "of their names"
-            )
-        return digest.hexdigest()
-
-    def _put(self, key: str, path: Path, timestamp_ms: int, sha256: str) -> None:
-        metadata = {SHA256_METADATA: sha256}
-        if_match = None
-        for _ in range(2):
+    def _run(self, job: Merge) -> Made:
+        """Carry a merge out: in another process if it is large."""
+        n_bytes = sum(each.segment.size_bytes for each in job.inputs)
+        if self._apart is not None and n_bytes >= _APART_BYTES:
             try:
-                self._store.put(
-                    key,
-                    path,
-                    timestamp_ms=timestamp_ms,
-                    metadata=metadata,
-                    if_absent=self._conditional and if_match is None,
-                    if_match=if_match,
-                )
-                return
-            except PreconditionFailed:
-                found = self._store.head(key)
-                if found.size_bytes or found.etag is None:
-                    return  # ours, its answer lost; nobody else has the lease
-                if_match = found.etag
-            except StoreError as error:
-                if not self._conditional or error.code != "NotImplemented":
-                    raise
-                self._conditional = False
-        raise StoreError(f"{key} changes while it is written", retryable=True)
+                made = self._apart.run(job, look_up=self._look_up, may_put=self._may_go_on)
+                self._apart_failed = False
+                return made
+            except ChildError as error:
+                if not self._apart_failed:
+                    self._apart_failed = True
+                    log.warning(
+                        "%s: segments cannot be merged in another process: %s (it is done in this "
+                        "one, whose commits may feel it)",
+                        self._name,
+                        error,
+                    )
+        return carry_out(
+            job, self._store, self._files, look_up=self._look_up, may_put=self._may_go_on
+        )
 
     def _info(self, compaction: Compaction, key: str, size_bytes: int) -> SegmentInfo:
         return SegmentInfo(
@@ -660,26 +638,3 @@ def _end(demands: Sequence[tuple[bool, Future[int]]], outcome: int | Exception) 
             future.set_exception(outcome)
         else:
             future.set_result(outcome)
-
-
-class _Fetch:
-    """One object of the replica as something to read from, a range at a time."""
-
-    def __init__(self, store: ObjectStore, segment: SegmentInfo, ahead_bytes: int) -> None:
-        self._store = store
-        self._segment = segment
-        self._ahead_bytes = ahead_bytes
-        self._offset = 0
-        self._buffer = memoryview(b"")
-
-    def read(self, n: int) -> memoryview:
-        """Up to ``n`` bytes; none at the end."""
-        if not self._buffer:
-            left = self._segment.size_bytes - self._offset
-            if left > 0:
-                length = min(self._ahead_bytes, left)
-                data = self._store.get(self._segment.key, self._offset, length)
-                self._offset += len(data)
-                self._buffer = memoryview(data)
-        piece, self._buffer = self._buffer[:n], self._buffer[n:]
-        return piece

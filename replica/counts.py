@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -83,6 +83,19 @@ class RequestCounts:
             found.durations[bisect.bisect_left(BUCKETS_S, seconds)] += 1
             if error is not None:
                 found.errors[error] += 1
+
+    def add(self, operations: Iterable[Operation], requests: Mapping[str, int]) -> None:
+        """Count what another process has counted."""
+        with self._lock:
+            for each in operations:
+                found = self._operations.setdefault((each.replica_type, each.operation), _Sum())
+                found.attempts += each.attempts
+                found.n_bytes += each.n_bytes
+                found.seconds += each.seconds
+                for place, n in enumerate(each.durations):
+                    found.durations[place] += n
+                found.errors.update(each.errors)
+            self._requests.update(requests)
 
     def operations(self) -> tuple[Operation, ...]:
         """What was counted so far, by type and operation."""

@@ -36,6 +36,7 @@ from .host import Host
 from .levels import L0Files
 from .listing import replica_head
 from .marks import Mark, check_label, put_mark, remove_mark
+from .merge_process import MergeProcess
 from .pagemap import History, PageMap
 from .peers import Message, Peers, Pipe
 from .restore import RestoreResult, restore
@@ -53,7 +54,7 @@ from .sqlite import (
 from .store.base import ObjectStore, segment_key
 from .store.local import fsync_directory, sync_data
 from .store.retrying import RetryingStore
-from .store.settings import LocalSettings
+from .store.settings import LocalSettings, StoreSettings
 from .uploader import MAX_IN_FLIGHT, Uploader, error_of
 from .validation import Validation
 from .verify_process import Job, VerifyProcess
@@ -224,6 +225,7 @@ class Engine:
             acked_txid=lambda: self.capture.state.acked_txid,
             encoding=PageEncoding(settings.page_encoding),
             is_stopping=lambda: self.uploader.is_stopping(),
+            apart=_apart(settings.replica.store, host),
         )
         self.uploader = Uploader(
             self.name,
@@ -618,6 +620,7 @@ class Engine:
         self._port.close_in_child()
         self._peers.close_in_child()
         self.validation.forget()
+        self._levels.forget()
         self._spool.close()  # the lock is the parent's: a record lock is not inherited
 
     # -- for the application ------------------------------------------------------------------
@@ -887,6 +890,7 @@ class Engine:
         """Give up files, connections and the lock at once, shipping nothing."""
         self._closed = True
         self.validation.stop()
+        self._levels.stop()
         self._port.remove_empty_wal()
         self._give_up_files()
 
@@ -897,6 +901,10 @@ class Engine:
         with self.capture.mutex:
             self._spool.close()
         self._store.close()
+
+
+def _apart(store: StoreSettings, host: Host) -> MergeProcess | None:
+    return None if host.slots is None else MergeProcess(store, host.slots, host.requests)
 
 
 class _Memory:

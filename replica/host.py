@@ -7,7 +7,9 @@ answers late, several processes in one.
 from __future__ import annotations
 
 import random
+from typing import Final
 
+from .child import Slots
 from .clock import Clock, SystemClock
 from .counts import RequestCounts
 from .fence import owner_name
@@ -20,6 +22,9 @@ from .store.settings import LocalSettings, StoreSettings
 
 __all__ = ["Host"]
 
+#: Children at once, however many databases this process has: each takes some 100 MB.
+_SLOTS: Final = 2
+
 
 class Host:
     """The real machine and this process.  Thread-safe.
@@ -28,18 +33,26 @@ class Host:
         clock: tells the time, and sleeps.
         files: the state directory, and the database's files as far as SQLite is not asked.
         requests: counts what this process asks of stores, whatever database it is for.
+        slots: for children that merge; None if this process does that itself.
     """
 
     def __init__(self) -> None:
         self.clock: Clock = SystemClock()
         self.files: Files = OS_FILES
         self.requests = RequestCounts()
+        self.slots: Slots | None = Slots(_SLOTS)
 
     def open_store(self, settings: StoreSettings) -> ObjectStore:
         """As `store.opening.open_store`, counted."""
         store = open_store(settings, self.clock, self.requests.sent)
         kind = "file" if isinstance(settings, LocalSettings) else "s3"
         return CountingStore(store, kind, self.requests, self.clock)
+
+    def forget(self) -> None:
+        """In a forked child: nothing was counted in it, and it has no children."""
+        self.requests.forget()
+        if self.slots is not None:
+            self.slots.forget()
 
     def process(self) -> str:
         """The name of this process, for `is_gone` in another one."""

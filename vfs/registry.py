@@ -302,7 +302,7 @@ class Registry:
         engines, self._engines, self._files = self._engines, {}, {}
         self._opening = Counter()
         self._lock = threading.RLock()
-        self.host.requests.forget()
+        self.host.forget()
         self._has_services = False
         if self.services is not None:
             self.services.close_in_child()

@@ -21,9 +21,9 @@ from support.replicas import golden_copy, local_store, manifest, sha256
 from walship.replica.clock import SystemClock
 from walship.replica.compaction import Levels
 from walship.replica.files import Files
-from walship.replica.format.ltx import decode
+from walship.replica.format.ltx import PageEncoding, decode
 from walship.replica.level_settings import LevelSettings
-from walship.replica.levels import Compaction
+from walship.replica.merging import Input, Merge, carry_out
 from walship.replica.plan import plan
 from walship.replica.restore import list_replica, restore
 from walship.replica.store.base import ObjectStore, SegmentInfo
@@ -250,7 +250,6 @@ def test_golden_compactions(name: str, tmp_path: Path) -> None:
     store = local_store(root)
     listing = sorted(list_replica(store))
     files = {(f["level"], f["min_txid"], f["max_txid"]): f for f in manifest(name)["files"]}
-    ours = levels(store, FakeClock(), tmp_path)
     n_compared = 0
     for target in listing:
         if not 1 <= target.level <= 8:
@@ -265,9 +264,18 @@ def test_golden_compactions(name: str, tmp_path: Path) -> None:
         if not inputs or inputs[0].min_txid != target.min_txid:
             continue
         theirs_header, theirs = decode((root / target.key).read_bytes())
-        compaction = Compaction(target.level, inputs, inputs[-1].created_ms)
         path = tmp_path / "merged.ltx"
-        ours._merge_into(path, compaction, None)
+        job = Merge(
+            inputs=[Input(segment) for segment in inputs],
+            min_txid=target.min_txid,
+            max_txid=target.max_txid,
+            timestamp_ms=inputs[-1].created_ms,
+            encoding=PageEncoding.BLOCK,
+            path=path,
+            key=f"ours/{target.key}",
+            conditional=True,
+        )
+        carry_out(job, store, Files(), may_put=lambda: None)
         header, pages = decode(path.read_bytes())
         assert header == theirs_header
         assert pages == theirs

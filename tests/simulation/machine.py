@@ -238,6 +238,7 @@ class _Host(Host):
     def __init__(self, process: Process) -> None:
         self.clock = _Clock(process.machine)
         self.files = SimFiles(process)
+        self.slots = None
         self._process = process
 
     def open_store(self, settings: StoreSettings) -> ObjectStore:

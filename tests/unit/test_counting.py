@@ -153,3 +153,21 @@ def test_nothing_is_counted_in_a_forked_child_yet() -> None:
     counts._lock.acquire()
     counts.forget()
     assert (counts.requests(), counts.operations()) == ({}, ())
+
+
+def test_what_another_process_counted(tmp_path: Path) -> None:
+    """It is added, failures and durations too."""
+    setup = Setup(tmp_path, ["before", "ok"], seconds=0.3)
+    with pytest.raises(StoreUnavailable):
+        setup.store.put("a", b"12345")
+    setup.store.put("a", b"12345")
+    once = setup.operation("PUT")
+    assert once.errors
+    setup.counts.add([once], {"PutObject": 2})
+    setup.counts.add([], {"PutObject": 1})
+    twice = setup.operation("PUT")
+    assert (twice.attempts, twice.n_bytes) == (2 * once.attempts, 2 * once.n_bytes)
+    assert twice.seconds == pytest.approx(2 * once.seconds)
+    assert twice.durations == tuple(2 * n for n in once.durations)
+    assert twice.errors == {code: 2 * n for code, n in once.errors.items()}
+    assert setup.counts.requests() == {"PutObject": 3}
