@@ -700,7 +700,7 @@ class Capture:
                 page_map.finish(sink.sha256)
             return True
 
-        sealed = self._freeze_view(fill, self._replica_page_size())
+        sealed = self._freeze_view(fill, self._replica_page_size(), is_full=True)
         if sealed is not None:
             log.info(
                 "%s: full copy as txid %s, %d bytes (%s)",
@@ -778,12 +778,15 @@ class Capture:
         self,
         fill: Callable[[Batch, Header, SegmentSink, ReadView], bool],
         replica_page_size: int | None,
+        *,
+        is_full: bool = False,
     ) -> Sealed | None:
         """Freeze what ``fill`` encodes of a view of the whole database.
 
         Args:
             fill: returns whether it is needed; if not, history goes on from the view.
             replica_page_size: what the page size has to be, if that is known.
+            is_full: whether it encodes all pages.
         """
         with self._whole_database() as found:
             if found is None:
@@ -809,6 +812,8 @@ class Capture:
                     self._spool.record(after)
                 return None
             after = _frozen(after, header, sink)
+            if is_full:
+                after = replace(after, full_txid=after.txid)
             return self._spool.add_segment(
                 after, _describe(header, sink), body, keep=len(self.state.pieces)
             )

@@ -45,6 +45,7 @@ from .levels import (
     compactions,
     expired,
     expired_l0,
+    full_snapshot,
     is_due,
     l0_files,
     next_due_ms,
@@ -194,6 +195,7 @@ class Levels:
         directory: for temporary files: the state directory.
         prove: returns while this process is the replica's writer, and raises otherwise.
         acked_txid: highest TXID known to be in the replica with all before it.
+        full_txid: of the newest full copy, 0 without: nothing older is needed to restore that.
         encoding: how pages are stored in merged segments.
         is_stopping: true once nothing should be begun any more.
         kept: what need not be read from the replica.
@@ -211,6 +213,7 @@ class Levels:
         files: Files,
         prove: Callable[[], None],
         acked_txid: Callable[[], int],
+        full_txid: Callable[[], int] = lambda: 0,
         encoding: PageEncoding = PageEncoding.BLOCK,
         is_stopping: Callable[[], bool] = lambda: False,
         kept: Kept | None = None,
@@ -224,6 +227,7 @@ class Levels:
         self._files = files
         self._prove = prove
         self._acked_txid = acked_txid
+        self._full_txid = full_txid
         self._encoding = encoding
         self._is_stopping = is_stopping
         self._kept = kept or Kept(directory, files)
@@ -365,6 +369,7 @@ class Levels:
         if listing is None:
             return _NEVER
         now_ms = self._clock.now_ms()
+        self._begin_with_full_copy(listing)
         self._merge_all(listing, now_ms)
         if snapshot_demanded:
             made = snapshot(listing, self._settings, now_ms, demanded=True)
@@ -427,6 +432,18 @@ class Levels:
 
     # -- merging ------------------------------------------------------------------------------
 
+    def _begin_with_full_copy(self, listing: Listing) -> None:
+        """Have a snapshot of a full copy that came late, after a reset perhaps: whatever is wrong
+        with what is older, this and all that follows can be restored."""
+        full_txid = self._full_txid()
+        if full_txid > self._acked_txid():
+            return
+        made = full_snapshot(listing, full_txid)
+        if made is not None:
+            self._carry_out(listing, made)
+        if listing.reach(LEVEL_SNAPSHOT) >= full_txid:
+            listing.start = max(1, full_txid)
+
     def _merge_all(self, listing: Listing, now_ms: int) -> None:
         """Merge what is due.  What is damaged is in nobody's way but its own level's, and then
         those above."""
@@ -471,7 +488,8 @@ class Levels:
     def _carry_out(self, listing: Listing, compaction: Compaction) -> None:
         self._may_go_on()
         began = self._clock.monotonic()
-        made = self._copy(compaction) if len(compaction.inputs) == 1 else None
+        is_copy = len(compaction.inputs) == 1 and not compaction.is_full
+        made = self._copy(compaction) if is_copy else None
         if made is None:
             made = self._merge(compaction)
         listing.add(made)
@@ -520,6 +538,7 @@ class Levels:
             path=path,
             key=self._key(compaction),
             conditional=self._conditional,
+            is_full=compaction.is_full,
         )
         try:
             try:

@@ -223,6 +223,7 @@ class Engine:
             files=spool.files,
             prove=self.fence.prove,
             acked_txid=lambda: self.capture.state.acked_txid,
+            full_txid=lambda: self.capture.state.full_txid,
             encoding=PageEncoding(settings.page_encoding),
             is_stopping=lambda: self.uploader.is_stopping(),
             apart=_apart(settings.replica.store, host),

@@ -44,6 +44,7 @@ __all__ = [
     "compactions",
     "expired",
     "expired_l0",
+    "full_snapshot",
     "is_due",
     "l0_files",
     "next_due_ms",
@@ -68,10 +69,13 @@ class Listing:
 
     Attributes:
         pinned: what stays although it is old, because a marked state needs it.
+        start: highest TXID that a snapshot holds which was made of a full copy, at least 1: what
+            is older is not merged any more, and may be damaged.
     """
 
     def __init__(self, segments: Iterable[SegmentInfo] = ()) -> None:
         self.pinned: Set[SegmentInfo] = frozenset()
+        self.start = 1
         self._levels: list[list[SegmentInfo]] = [[] for _ in range(LEVEL_SNAPSHOT + 1)]
         for segment in segments:
             self._levels[segment.level].append(segment)
@@ -136,15 +140,17 @@ class Compaction:
         level: of the result.
         inputs: at least one, oldest first.  Of a single one the result is a copy.
         timestamp_ms: of the result, ms since the epoch.
+        is_full: the single input holds all pages: the result begins with TXID 1, and is no copy.
     """
 
     level: int
     inputs: tuple[SegmentInfo, ...]
     timestamp_ms: int
+    is_full: bool = False
 
     @property
     def min_txid(self) -> int:
-        return self.inputs[0].min_txid
+        return 1 if self.is_full else self.inputs[0].min_txid
 
     @property
     def max_txid(self) -> int:
@@ -227,7 +233,7 @@ def _pending(listing: Listing, level: int) -> Sequence[SegmentInfo]:
     """Segments of the level below that are not in this one yet."""
     if level == 1 and _is_young(listing):
         return ()
-    done = max(listing.reach(level), 1)
+    done = max(listing.reach(level), listing.start)
     below = listing[level - 1]
     return below[bisect_right(below, done, key=_by_min) :]
 
@@ -257,6 +263,23 @@ def snapshot(
             return None
     chain = plan(listing).segments[:MAX_INPUTS]
     return Compaction(LEVEL_SNAPSHOT, chain, max(now_ms, chain[-1].created_ms))
+
+
+def full_snapshot(listing: Listing, full_txid: int) -> Compaction | None:
+    """The snapshot to make of a full copy that came after others; None if there is one.
+
+    It is what lets a replica be restored again that is damaged further back, and what ``start`` may
+    stand for.
+
+    Args:
+        full_txid: TXID of the newest full copy.
+    """
+    if full_txid <= 1 or listing.reach(LEVEL_SNAPSHOT) >= full_txid:
+        return None
+    for segment in reversed(listing[0]):
+        if segment.min_txid == segment.max_txid == full_txid:
+            return Compaction(LEVEL_SNAPSHOT, (segment,), segment.created_ms, is_full=True)
+    return None
 
 
 def _base(listing: Listing, settings: LevelSettings, now_ms: int) -> SegmentInfo | None:

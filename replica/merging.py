@@ -51,6 +51,7 @@ class Merge:
         path: the file that is made, and stays.
         key: of the object.
         conditional: whether the store is asked for create-only.
+        is_full: the single input holds all pages, whatever came before it.
     """
 
     inputs: Sequence[Input]
@@ -61,6 +62,7 @@ class Merge:
     path: Path
     key: str
     conditional: bool
+    is_full: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +152,14 @@ def _merge_into(job: Merge, store: ObjectStore, files: Files, look_up: Callable[
             digest.update(data)
             files.write(fd, [data])
 
-        merge(inputs, write, timestamp_ms=job.timestamp_ms, encoding=job.encoding)
+        merge(
+            inputs,
+            write,
+            # All pages must be there, or this raises.
+            min_txid=1 if job.is_full else None,
+            timestamp_ms=job.timestamp_ms,
+            encoding=job.encoding,
+        )
         header = Header.unpack(files.pread(fd, HEADER_SIZE, 0))
     if (header.min_txid, header.max_txid) != (job.min_txid, job.max_txid):
         raise FormatError(

@@ -168,6 +168,7 @@ class State:
         sha256: of the segment with that TXID, hex; empty if it is not known.
         acked_txid: highest TXID known to be in the replica.
         restored_txid: the one that a restore has made the main file from; 0 without.
+        full_txid: of the newest full copy; nothing older is needed to restore that.  0 without.
         position: up to where the WAL is sealed; None: only a full copy can come next.
         previous: where the WAL was drained when the last gate let it go, until the new one shows.
         commit: size of the database in pages at the position; 0 if unknown.
@@ -200,6 +201,7 @@ class State:
     sha256: str = ""
     acked_txid: int = 0
     restored_txid: int = 0
+    full_txid: int = 0
     position: WalPosition | None = None
     previous: WalPosition | None = None
     commit: int = 0
@@ -256,6 +258,7 @@ def _scalars(state: State) -> dict[str, Any]:
         "sha256": state.sha256,
         "acked_txid": state.acked_txid,
         "restored_txid": state.restored_txid,
+        "full_txid": state.full_txid,
         "position": state.position and state.position.to_json(),
         "previous": state.previous and state.previous.to_json(),
         "commit": state.commit,
@@ -286,6 +289,7 @@ def _with_scalars(state: State, meta: dict[str, Any]) -> State:
         sha256=meta["sha256"],
         acked_txid=meta["acked_txid"],
         restored_txid=meta.get("restored_txid", 0),
+        full_txid=meta.get("full_txid", 0),
         position=WalPosition.from_json(position) if position else None,
         previous=WalPosition.from_json(previous) if previous else None,
         commit=meta["commit"],

@@ -244,7 +244,7 @@ class _Trial:
                 keep=False,
             )
         except (FormatError, GapError) as error:
-            return self._damaged(txid, reason, f"{error}; {_MOVE}")
+            return self._damaged(txid, reason, f"{error}; {_RENEW}")
         except NoBackupError as error:
             if live is not None:  # compacted, or gone
                 return self.run(None, f"{error}", acked_txid)
@@ -317,12 +317,10 @@ class _Trial:
         )
 
 
-#: What to do where the replica's segments are sound, but not those of the database.
-_RENEW: Final = "ship the database anew: close it everywhere, `walship reset DB`, and open it again"
-#: What to do where they are not: what follows them cannot be restored, whatever it holds.
-_MOVE: Final = (
-    "replicate the database to a new path, so that all of it is shipped there (`walship timeline` "
-    "shows what this replica can still give back)"
+#: What to do where the replica is not what it should be.
+_RENEW: Final = (
+    "ship the database anew: close it everywhere, `walship reset DB`, and open it again (`walship "
+    "timeline` shows what the replica can still give back)"
 )
 
 

@@ -119,3 +119,38 @@ def test_status_of_an_open_database(
         stores.fail(before=0.0, after=0.0)
     row = _status(database, capsys)
     assert (row["status"], row["state"]) == ("ok", "not open")
+
+
+@pytest.mark.parametrize("damage", ["missing", "spoilt"])
+def test_a_reset_heals_a_damaged_replica(
+    damage: str, database: Database, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The full copy becomes a snapshot, from which on everything can be restored and merged."""
+    with database.opened() as connection:
+        connection.execute("CREATE TABLE t (x)")
+        for n in range(20):
+            connection.execute("INSERT INTO t VALUES (?)", (n,))
+            database.sync()
+    victim = database.replica / "ltx" / "0" / f"{9:016x}-{9:016x}.ltx"
+    if damage == "missing":
+        victim.unlink()
+    else:
+        body = bytearray(victim.read_bytes())
+        body[len(body) // 2] ^= 0x40
+        victim.write_bytes(body)
+    with pytest.raises(walship.ReplicaError):
+        database.restore()
+    assert main(["reset", str(database.path)]) == 0
+    with database.opened() as connection:
+        txid = database.sync()
+        database.engine().tend(snapshot=False, timeout=30)
+        database.assert_replica_equals_now()
+        for n in range(20):
+            connection.execute("INSERT INTO t VALUES (?)", (-n,))
+            database.sync()
+        database.engine().tend(snapshot=True, timeout=30)
+        database.assert_replica_equals_now()
+    database.assert_replica_equals_file()
+    snapshots = sorted((database.replica / "ltx" / "9").iterdir())
+    assert snapshots[0].name == f"{1:016x}-{txid:016x}.ltx"
+    assert len(snapshots) == 2

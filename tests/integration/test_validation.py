@@ -106,7 +106,7 @@ def test_a_bad_replica_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         db.execute("insert into t values(1)")
     (line,) = [r for r in caplog.records if "the replica is not good" in r.message]
     assert line.levelno == logging.ERROR
-    assert "to a new path" in line.message
+    assert "walship reset" in line.message
 
 
 def test_the_outcome_outlives_the_process(tmp_path: Path) -> None:
