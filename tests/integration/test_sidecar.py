@@ -19,6 +19,7 @@ from support.sidecars import create, execute, replicating, wait_until, writer
 from walship.replica.config import database_settings
 from walship.sidecar.control import ControlError, call
 from walship.sidecar.database import Sidecar
+from walship.sidecar.service import Service
 
 #: What is said when a full copy, or a comparison of all pages, was needed.
 _BROKEN = ("full copy", "resync", "changed while", "lost", "foreign")
@@ -348,6 +349,31 @@ def test_the_control_socket(tmp_path: Path) -> None:
             assert "another process answers" in second.said()
         assert running.end() == 0
     assert not os.path.exists(socket)
+
+
+def test_trouble_ends_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong with one database, it is tried again."""
+    path, replica = tmp_path / "app.db", tmp_path / "replica"
+    create(path)
+    real, calls = Sidecar.poll, []
+
+    def poll(self: Sidecar) -> bool:
+        calls.append(self)
+        if len(calls) == 1:
+            raise RuntimeError("on purpose")
+        return real(self)
+
+    monkeypatch.setattr(Sidecar, "poll", poll)
+    monkeypatch.setattr("walship.sidecar.worker._REFUSED_S", 0.05)
+    service = Service()
+    service.set([database_settings(path, {"path": str(replica), "sync_interval": 0.0})])
+    (worker,) = service.workers()
+    wait_until(lambda: len(calls) > 1, lambda: worker.state)
+    execute(path, "INSERT INTO rows VALUES ('a', 1, NULL)")
+    assert worker.sidecar().sync(20) >= 1
+    assert (worker.state, worker.error) == ("replicating", None)
+    assert service.close()
+    _assert_same(path, replica)
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,13 @@ class Worker:
                 self._become("waiting", None)
                 return _RETRY_S
             sidecar = Sidecar(self.settings)
+            self._become("replicating", None, sidecar)
+            try:
+                return self._watch(sidecar)
+            finally:
+                with self._changed:
+                    self._sidecar = None
+                sidecar.close()
         except (FencedError, RefusedError) as error:
             self._become("failed", error)
             return _REFUSED_S
@@ -134,13 +141,6 @@ class Worker:
             log.exception("%s: unexpected error", self.path)
             self._become("failed", error)
             return _REFUSED_S
-        self._become("replicating", None, sidecar)
-        try:
-            return self._watch(sidecar)
-        finally:
-            with self._changed:
-                self._sidecar = None
-            sidecar.close()
 
     def _is_there(self) -> bool:
         path = Path(self.path)
