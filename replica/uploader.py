@@ -67,7 +67,7 @@ _JOIN_S: Final = 0.5
 #: Pieces are merged while they cannot be sent, once there are more than this many.
 MERGE_PIECES: Final = 64
 #: While there is something to send, how often an older object is looked at: is it still ours?
-_LOOK_BACK_S: Final = 15.0
+_LOOK_BACK_S: Final = 45.0
 #: In the place of a TXID: the merging and cleaning up of the replica.
 _TENDING: Final = -2
 

@@ -28,7 +28,7 @@ WorkerState = Literal["opening", "waiting", "replicating", "failed", "stopped"]
 #: Pauses between two looks at a database, seconds: a tenth of its sync interval, within these.
 _POLL_S: Final = (0.01, 0.1)
 #: The same once nothing has happened for a number of looks.
-_IDLE_POLL_S: Final = 0.25
+_IDLE_POLL_S: Final = 0.5
 _IDLE_POLLS: Final = 20
 #: Pause before a database that is not there, or cannot be opened yet, is looked for again, seconds.
 _RETRY_S: Final = 1.0
