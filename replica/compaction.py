@@ -265,7 +265,7 @@ class Levels:
 
     def acknowledged(self, txid: int, size_bytes: int, timestamp_ms: int) -> None:
         """A level-0 segment is in the replica, with all before it."""
-        if not self._settings.intervals_s and not self._settings.snapshot_interval_s:
+        if not self._is_on:
             return
         key = segment_key(self._store, 0, txid, txid)
         self._resting = False
@@ -274,6 +274,11 @@ class Levels:
         at_once = self._listing is None and txid % _SHORT_LIVES == 0
         wait_s = 0.0 if at_once else self._until_merge_s()
         self._want(max(wait_s, self._retry_at - self._clock.monotonic()))
+
+    @property
+    def _is_on(self) -> bool:
+        """Whether anything is merged by itself."""
+        return bool(self._settings.intervals_s or self._settings.snapshot_interval_s)
 
     def begin(self) -> None:
         """This process has become the one that uploads: forget what was known of the replica."""
@@ -344,6 +349,8 @@ class Levels:
         demands = _all_of(self._demands)
         try:
             self._active = self._active or bool(demands)
+            if demands and not self._is_on:
+                self._listing = None  # nothing was added to it
             wait_s = self._step(snapshot_demanded=any(snapshot for snapshot, _ in demands))
         except ClosedError as error:
             _end(demands, error)

@@ -114,7 +114,7 @@ def _put() -> int:
 
 def test_large_merges_have_a_process(tmp_path: Path) -> None:
     """It is of low priority, asks before it puts, and what it asks of the store is counted."""
-    database = Database(tmp_path, levels=[])
+    database = Database(tmp_path, levels=[], snapshot_interval="24h")
     with database.opened() as db:
         newest = _fill(database, db)
         gate = _Gate(database)
@@ -138,7 +138,7 @@ def test_small_merges_have_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """Starting a process would cost more than the merge."""
     started: list[object] = []
     monkeypatch.setattr(child.Child, "run", lambda self, *_, **__: started.append(self))
-    database = Database(tmp_path, levels=[])
+    database = Database(tmp_path, levels=[], snapshot_interval="24h")
     with database.opened() as db:
         db.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, pad BLOB)")
         for _ in range(5):
@@ -151,7 +151,7 @@ def test_small_merges_have_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_without_permission_nothing_is_put(tmp_path: Path) -> None:
     """A lease that cannot be proven any more: the child ends, and the replica is what it was."""
-    database = Database(tmp_path, levels=[])
+    database = Database(tmp_path, levels=[], snapshot_interval="24h")
     with database.opened() as db:
         _fill(database, db)
         gate = _Gate(database)
@@ -173,7 +173,7 @@ def test_without_permission_nothing_is_put(tmp_path: Path) -> None:
 
 def test_one_that_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A child that is killed: the merge is made in this process, and that is said once."""
-    database = Database(tmp_path, levels=[])
+    database = Database(tmp_path, levels=[], snapshot_interval="24h")
     with database.opened() as db:
         _fill(database, db)
         for _ in range(2):
@@ -205,7 +205,7 @@ def test_no_process_can_be_started(
 ) -> None:
     """No interpreter where one should be: merges are made in this process."""
     monkeypatch.setattr(child, "_python", lambda: str(tmp_path / "python3"))
-    database = Database(tmp_path, levels=[])
+    database = Database(tmp_path, levels=[], snapshot_interval="24h")
     with database.opened() as db:
         _fill(database, db)
         with _snapshot(database) as done:
@@ -216,7 +216,7 @@ def test_no_process_can_be_started(
 
 def test_damage_is_damage(tmp_path: Path) -> None:
     """What is wrong with an input comes back from the child as what it is."""
-    database = Database(tmp_path, levels=[])
+    database = Database(tmp_path, levels=[], snapshot_interval="24h")
     with database.opened() as db:
         _fill(database, db)
         with _snapshot(database) as done:
@@ -235,7 +235,7 @@ def test_damage_is_damage(tmp_path: Path) -> None:
 
 def test_the_last_close_ends_it(tmp_path: Path) -> None:
     """One that hangs delays no close; afterwards there is neither a process nor a file of it."""
-    database = Database(tmp_path, levels=[])
+    database = Database(tmp_path, levels=[], snapshot_interval="24h")
     with database.opened() as db:
         _fill(database, db)
         before = _snapshots(database)
@@ -258,7 +258,7 @@ def test_the_last_close_ends_it(tmp_path: Path) -> None:
 
 def test_a_killed_parent_takes_it_along(tmp_path: Path, fleet: Workers) -> None:
     """It ends with its parent, sends nothing any more, and its file goes with the next start."""
-    database = Database(tmp_path, levels=[])
+    database = Database(tmp_path, levels=[], snapshot_interval="24h")
     worker = fleet(database.path, database.replica, levels=[])
     worker.run(
         "insert(5, 1000000); sync(); insert(); sync()\n"
@@ -312,7 +312,7 @@ thread.join()
 def test_a_fork_beside_a_merge(tmp_path: Path, fleet: Workers) -> None:
     """F22: a forked child has no part in the merge, whose process would not notice its parent's end
     otherwise; the merge goes on."""
-    database = Database(tmp_path, levels=[])
+    database = Database(tmp_path, levels=[], snapshot_interval="24h")
     worker = fleet(database.path, database.replica, levels=[])
     txid = worker.run("insert(5, 1000000); sync(); insert(); sync()")
     assert worker.run(_FORK) == [0, txid]
@@ -323,7 +323,7 @@ def test_a_fork_beside_a_merge(tmp_path: Path, fleet: Workers) -> None:
 def test_beside_a_bucket(tmp_path: Path, minio_server: S3Endpoint) -> None:
     """Credentials reach the child, and nobody can see them in the list of processes."""
     replica = minio_server.replica(minio_server.make_bucket(), "app")
-    database = Database(tmp_path, levels=[])
+    database = Database(tmp_path, levels=[], snapshot_interval="24h")
     db = walship.connect(database.path, replica, levels=[])
     try:
         newest = _fill(database, db)

@@ -44,7 +44,9 @@ class Database:
         self.directory = directory
         self.path = directory / name
         self.replica = directory / f"{name}-replica"
-        self.settings: dict[str, Any] = {"sync_interval": 0.0, **settings}
+        # Merging begins at a multiple of 30 s by the clock on the wall: only where it is wanted.
+        quiet = {"levels": [], "snapshot_interval": 0}
+        self.settings: dict[str, Any] = {"sync_interval": 0.0, **quiet, **settings}
         self._restored = 0
 
     def connect(self, **settings: Any) -> walship.Connection:
