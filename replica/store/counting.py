@@ -14,13 +14,14 @@ from walship.replica.counts import RequestCounts
 from walship.replica.errors import ObjectNotFound, PreconditionFailed, StoreError
 
 from .base import Body, ObjectInfo, ObjectStore, Version
+from .forwarding import ForwardingStore
 
 __all__ = ["CountingStore"]
 
 _T = TypeVar("_T")
 
 
-class CountingStore:
+class CountingStore(ForwardingStore):
     """Counts what is asked of a store.  Thread-safe if ``store`` is.
 
     Args:
@@ -33,24 +34,10 @@ class CountingStore:
     def __init__(
         self, store: ObjectStore, replica_type: str, counts: RequestCounts, clock: Clock
     ) -> None:
-        self._store = store
+        super().__init__(store)
         self._replica_type = replica_type
         self._counts = counts
         self._clock = clock
-
-    def __repr__(self) -> str:
-        return f"CountingStore({self._store!r})"
-
-    @property
-    def url(self) -> str:
-        return self._store.url
-
-    @property
-    def logical_times(self) -> bool:
-        return self._store.logical_times
-
-    def level_prefix(self, level: int) -> str:
-        return self._store.level_prefix(level)
 
     def put(
         self,
@@ -114,9 +101,6 @@ class CountingStore:
 
     def delete(self, keys: Sequence[str]) -> None:
         self._count("DELETE", lambda: self._store.delete(keys))
-
-    def close(self) -> None:
-        self._store.close()
 
     def _count(
         self, operation: str, attempt: Callable[[], _T], size: Callable[[_T], int] = lambda _: 0

@@ -18,6 +18,7 @@ from walship.replica.clock import Clock
 from walship.replica.errors import PreconditionFailed, StoreError
 
 from .base import Body, ObjectInfo, ObjectStore, Version
+from .forwarding import ForwardingStore
 
 __all__ = ["RetryingStore"]
 
@@ -29,7 +30,7 @@ _T = TypeVar("_T")
 _MAX_DOUBLINGS: Final = 30
 
 
-class RetryingStore:
+class RetryingStore(ForwardingStore):
     """Repeats what failed in passing.  Thread-safe if ``store`` is.
 
     Args:
@@ -56,27 +57,13 @@ class RetryingStore:
     ) -> None:
         if attempts < 1:
             raise ValueError("attempts must be at least 1")
-        self._store = store
+        super().__init__(store)
         self._clock = clock
         self._rng = rng if rng is not None else random.Random()
         self._attempts = attempts
         self._deadline_s = deadline_s
         self._first_pause_s = first_pause_s
         self._max_pause_s = max_pause_s
-
-    def __repr__(self) -> str:
-        return f"RetryingStore({self._store!r})"
-
-    @property
-    def url(self) -> str:
-        return self._store.url
-
-    @property
-    def logical_times(self) -> bool:
-        return self._store.logical_times
-
-    def level_prefix(self, level: int) -> str:
-        return self._store.level_prefix(level)
 
     def put(
         self,
@@ -140,9 +127,6 @@ class RetryingStore:
 
     def delete(self, keys: Sequence[str]) -> None:
         self._repeat(f"delete {len(keys)} keys", lambda: self._store.delete(keys))
-
-    def close(self) -> None:
-        self._store.close()
 
     def _repeat(self, what: str, attempt: Callable[[], _T]) -> _T:
         attempts = _Attempts(self, what)

@@ -38,8 +38,8 @@ _LEVELS: Final[Mapping[str, int]] = {
 _OF_DATABASE: Final = ("%s: ", "%s -> ")
 
 
-class JSONFormatter(logging.Formatter):
-    """A JSON object for each record.
+class _Formatter(logging.Formatter):
+    """One of the three forms.
 
     Args:
         source: name file and line.
@@ -48,37 +48,25 @@ class JSONFormatter(logging.Formatter):
     def __init__(self, *, source: bool = False) -> None:
         super().__init__()
         self._source = source
+
+
+class JSONFormatter(_Formatter):
+    """A JSON object for each record."""
 
     def format(self, record: logging.LogRecord) -> str:
         return json.dumps(_fields(record, self._source), ensure_ascii=False)
 
 
-class TextFormatter(logging.Formatter):
-    """``key=value`` for each record, values in quotes where that is needed.
-
-    Args:
-        source: name file and line.
-    """
-
-    def __init__(self, *, source: bool = False) -> None:
-        super().__init__()
-        self._source = source
+class TextFormatter(_Formatter):
+    """``key=value`` for each record, values in quotes where that is needed."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = _fields(record, self._source)
         return " ".join(f"{key}={_quoted(value)}" for key, value in fields.items())
 
 
-class PrettyFormatter(logging.Formatter):
-    """Time, level and message, for people at a terminal; a traceback follows on lines of its own.
-
-    Args:
-        source: name file and line.
-    """
-
-    def __init__(self, *, source: bool = False) -> None:
-        super().__init__()
-        self._source = source
+class PrettyFormatter(_Formatter):
+    """Time, level and message, for people; a traceback follows on lines of its own."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = _fields(record, self._source)

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from walship.replica.errors import StoreError, StoreUnavailable
 from walship.replica.store.base import Body, ObjectInfo, ObjectStore, Version
+from walship.replica.store.forwarding import ForwardingStore
 
 Fault = str  # "ok", "before" or "after"
 
 
-class FaultyStore:
+class FaultyStore(ForwardingStore):
     """Wraps a store; each call takes the next fault of the script, then chance decides.
 
     ``before``: the inner store is not asked; ``after``: it is, and its answer is lost.  Both raise
@@ -44,7 +45,7 @@ class FaultyStore:
         operations: Sequence[str] = ("put", "copy", "get", "read", "head", "list", "delete"),
         error: Callable[[str], StoreError] | None = None,
     ) -> None:
-        self._store = store
+        super().__init__(store)
         self._lock = threading.Lock()
         self._rng = random.Random(seed)
         self._script = iter(list(script))
@@ -67,17 +68,6 @@ class FaultyStore:
     def release(self) -> None:
         """Let blocked calls and all later ones go on."""
         self._open.set()
-
-    @property
-    def url(self) -> str:
-        return self._store.url
-
-    @property
-    def logical_times(self) -> bool:
-        return self._store.logical_times
-
-    def level_prefix(self, level: int) -> str:
-        return self._store.level_prefix(level)
 
     def put(
         self,
@@ -140,7 +130,7 @@ class FaultyStore:
 
     def close(self) -> None:
         self.release()
-        self._store.close()
+        super().close()
 
     def _enter(self, operation: str) -> Fault:
         with self._lock:

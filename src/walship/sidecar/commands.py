@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
-from urllib.parse import quote
 
 from walship.logs import logging_to
 from walship.replica.config_file import Settings
@@ -135,7 +134,7 @@ _MARGIN_S: Final = 5.0
 
 
 def control(socket: str, name: str, timeout: float, **fields: object) -> dict[str, Any]:
-    """Ask ``walship replicate`` for something; see `control` for what there is.
+    """Ask ``walship replicate`` for something; see `control` (the module) for what there is.
 
     Raises:
         ControlError: nobody answers, or the answer is an error.
@@ -143,7 +142,5 @@ def control(socket: str, name: str, timeout: float, **fields: object) -> dict[st
     limit = timeout + _MARGIN_S
     if name in ("list", "info"):
         return call(socket, "GET", f"/{name}", None, limit)
-    if name == "txid":
-        return call(socket, "GET", f"/txid?path={quote(str(fields['path']))}", None, limit)
     body = {**fields, "timeout": timeout}
     return call(socket, "POST", f"/{name}", body, limit)

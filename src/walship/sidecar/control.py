@@ -51,7 +51,6 @@ log = logging.getLogger("walship.sidecar")
 DEFAULT_PATH: Final = "/var/run/walship.sock"
 _TIMEOUT_S: Final = 30.0
 _MAX_BODY: Final = 64 * 1024
-_STATES: Final = {"replicating": "replicating", "stopped": "stopped"}
 
 _clock: Final = SystemClock()
 
@@ -157,9 +156,8 @@ class _Actions:
 
     def unregister(self, body: Mapping[str, Any]) -> dict[str, Any]:
         path = self._path(body)
-        known = path in self._service.paths()
         txid = self._txid(path)
-        self._service.remove(path)
+        known = self._service.remove(path)
         return {
             "status": "unregistered" if known else "already_unregistered",
             "path": path,
@@ -229,7 +227,7 @@ class _Actions:
             worker = self._service.worker(path)
             row: dict[str, object] = {"path": path, "status": "stopped"}
             if worker is not None:
-                row["status"] = _STATES.get(worker.state, "open")
+                row["status"] = worker.state if worker.state == "replicating" else "open"
                 with contextlib.suppress(ClosedError):
                     status = worker.sidecar().engine.status()
                     row["txid"], row["replicated_txid"] = status.txid, status.replicated_txid

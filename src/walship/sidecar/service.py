@@ -71,14 +71,12 @@ class Service:
         self._start(path, settings)
         return True
 
-    def remove(self, path: str) -> Worker | None:
-        """Replicate a database no more, after what is there was shipped; None if it was unknown."""
+    def remove(self, path: str) -> bool:
+        """Replicate a database no more, after what is there was shipped; False if it is unknown."""
         path = canonical(path)
-        worker = self.worker(path)
-        if path not in self._settings:
-            return None
+        is_known = path in self.paths()
         self._remove([path])
-        return worker
+        return is_known
 
     def stop(self, path: str) -> bool:
         """Pause one, after what is there was shipped; False if it was not running.
