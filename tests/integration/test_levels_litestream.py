@@ -39,7 +39,7 @@ SETTINGS = LevelSettings(
 )
 
 
-@pytest.fixture(params=["directory", "minio"])
+@pytest.fixture(params=["directory", "minio", "seaweedfs"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     """An empty replica: a directory, and a path in a bucket of each S3 server."""
     if request.param == "directory":

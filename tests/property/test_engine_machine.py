@@ -227,5 +227,5 @@ class DeepMachine(Machine):
 
 TestDeepMachine = pytest.mark.slow(DeepMachine.TestCase)
 TestDeepMachine.settings = settings(
-    max_examples=25, stateful_step_count=40, deadline=None, suppress_health_check=_CHECKS
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=_CHECKS
 )
