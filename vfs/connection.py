@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -31,6 +33,9 @@ from .replicating import install
 from .services import services
 
 __all__ = ["Connection", "Replication", "configure", "connect", "replication"]
+
+#: Longest pause between two attempts at WAL mode; the one who wins needs a few milliseconds.
+_WAL_MODE_PAUSE_S = 0.02
 
 ReplicaLike = str | os.PathLike[str] | Mapping[str, Any]
 
@@ -226,7 +231,7 @@ def connect(
     try:
         connection.set_busy_timeout(int(found.busy_timeout_s * 1000))
         connection.wal_autocheckpoint(found.min_checkpoint_page_count)
-        _prepare(connection, name, found.page_size)
+        _prepare(connection, name, found.page_size, found.busy_timeout_s)
         if found.durability == "replica" and found.replica is not None:
             pages = found.min_checkpoint_page_count
             make_durable(connection, pages, found.durability_timeout_s)
@@ -275,16 +280,33 @@ def _names_replica(given: Mapping[str, Any]) -> bool:
     return any(name in given for name in ("url", "bucket"))
 
 
-def _prepare(connection: Connection, name: str, page_size: int | None) -> None:
+def _prepare(
+    connection: Connection, name: str, page_size: int | None, busy_timeout_s: float
+) -> None:
     if connection.readonly("main"):
         return
     if page_size is not None:
         connection.pragma("page_size", page_size)
-    mode = connection.pragma("journal_mode", "wal")
+    mode = _wal_mode(connection, time.monotonic() + busy_timeout_s)
     if mode != "wal":
         raise RefusedError(f"{name} cannot be replicated: it stays in journal mode {mode!r}")
     # Reads something once, so that the WAL is open and a damaged file is noticed here.
     connection.pragma("user_version")
+
+
+def _wal_mode(connection: Connection, deadline: float) -> str:
+    """Put the database into WAL mode; returns the mode it is in then.
+
+    The busy timeout does not help where several open a new database at once: each holds a shared
+    lock and wants an exclusive one, which SQLite answers with "locked" at once.
+    """
+    while True:
+        try:
+            return str(connection.pragma("journal_mode", "wal"))
+        except apsw.BusyError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(random.uniform(0.001, _WAL_MODE_PAUSE_S))
 
 
 def configure(

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import apsw
 import pytest
 
 import walship
@@ -237,6 +238,22 @@ def test_pipes_of_the_dead_are_removed(tmp_path: Path, fleet: Workers) -> None:
     assert len(_pipes(database)) == 1
     last.run("close()")
     assert _pipes(database) == []
+
+
+def test_wal_mode_is_waited_for(tmp_path: Path, fleet: Workers) -> None:
+    """SQLite answers "locked" at once to who wants WAL mode while another one writes."""
+    database = Database(tmp_path)
+    other = apsw.Connection(str(database.path))
+    other.execute("CREATE TABLE t (x)")
+    other.execute("BEGIN IMMEDIATE")
+    worker = fleet(database.path, database.replica, opened=False)
+    worker.begin("open()")
+    assert not worker.has_answered(within_s=1.5)
+    other.execute("COMMIT")
+    other.close(True)
+    worker.end()
+    worker.run("insert(); sync()")
+    _assert_replica_has(database, fleet.committed())
 
 
 def test_a_missing_database_in_two_threads(tmp_path: Path, fleet: Workers) -> None:
