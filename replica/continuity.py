@@ -29,7 +29,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from .capture import Capture, page_size_changed
+from .capture import Capture
 from .catchup import CaughtUp, catch_up
 from .clock import Clock
 from .errors import ContinuityError, FormatError, ObjectNotFound, RestoreError
@@ -37,6 +37,7 @@ from .format.ltx import HEADER_SIZE, Header, decode
 from .format.types import format_segment_name, format_txid
 from .listing import list_replica, live_segments, replica_head
 from .pagemap import History
+from .record import page_size_changed
 from .restore import restore
 from .sender import has_sha256, same_bytes
 from .spool import State, new_lineage
@@ -101,7 +102,7 @@ def _can_catch_up(capture: Capture) -> bool:
         not state.resync
         and state.txid == state.acked_txid == state.restored_txid > 0
         and not (state.pieces or state.segments)
-        and capture.is_untouched()
+        and capture.record.is_untouched()
     )
 
 
@@ -111,7 +112,7 @@ def _catch_up(capture: Capture, store: ObjectStore, clock: Clock) -> None:
     path = Path(capture.path)
 
     def begin() -> None:
-        capture.amend(durable=True, resync=CATCHING_UP, fingerprint=None, wal_gone=True)
+        capture.record.amend(durable=True, resync=CATCHING_UP, fingerprint=None, wal_gone=True)
 
     caught_up: CaughtUp | None = None
     if capture.state.resync != CATCHING_UP and not _was_replaced(store, capture.state):
@@ -137,7 +138,7 @@ def _catch_up(capture: Capture, store: ObjectStore, clock: Clock) -> None:
         format_txid(before),
         format_txid(caught_up.txid),
     )
-    capture.restored(caught_up.txid, caught_up.sha256, caught_up.page_size, caught_up.commit)
+    capture.record.restored(caught_up.txid, caught_up.sha256, caught_up.page_size, caught_up.commit)
 
 
 def _was_replaced(store: ObjectStore, state: State) -> bool:
@@ -218,7 +219,7 @@ def _check_suspicion(capture: Capture, store: ObjectStore, adopt: bool) -> None:
         return
     state = capture.state
     if state.segments:
-        body = capture.body(state.segments[-1])
+        body = capture.record.body(state.segments[-1])
         data = body.read_bytes() if isinstance(body, Path) else body
     elif state.acked_txid:
         name = format_segment_name(state.acked_txid, state.acked_txid)
@@ -226,7 +227,9 @@ def _check_suspicion(capture: Capture, store: ObjectStore, adopt: bool) -> None:
     else:
         return
     header, pages = decode(data)
-    if adopt or any(capture.main_holds(pgno, page, header.page_size) for pgno, page in pages):
+    if adopt or any(
+        capture.record.main_holds(pgno, page, header.page_size) for pgno, page in pages
+    ):
         return
     raise ContinuityError(
         f"{capture.path} has lost commits that {store.url} holds (its -wal file is gone): restore "
@@ -238,7 +241,7 @@ def _check_suspicion(capture: Capture, store: ObjectStore, adopt: bool) -> None:
 
 def _start(capture: Capture, store: ObjectStore, txid: int, reason: str) -> None:
     """Begin a lineage of our own behind ``txid`` with a full copy."""
-    capture.require_full_copy(reason)
+    capture.record.require_full_copy(reason)
     _adopt_head(capture, store, txid)
 
 
@@ -251,7 +254,7 @@ def _check_page_size(capture: Capture, store: ObjectStore, key: str) -> None:
         theirs = Header.unpack(store.get(key, 0, HEADER_SIZE)).page_size
     except (ObjectNotFound, FormatError):
         return
-    ours = capture.page_size()
+    ours = capture.record.page_size()
     if ours is not None and ours != theirs:
         raise page_size_changed(capture.path, ours, theirs)
 
@@ -260,7 +263,7 @@ def _adopt_head(
     capture: Capture, store: ObjectStore, txid: int, lineage: str | None = None
 ) -> None:
     with capture.mutex:
-        capture.begin(
+        capture.record.begin(
             replace(
                 capture.state,
                 lineage=lineage or new_lineage(),
@@ -276,7 +279,7 @@ def _take_over(
     capture: Capture, store: ObjectStore, clock: Clock, head: SegmentInfo, adopt: bool
 ) -> None:
     state = capture.state
-    if capture.has_content():
+    if capture.record.has_content():
         _check_page_size(capture, store, head.key)
         if _goes_on_from_head(capture, store, clock, head):
             return
@@ -304,7 +307,7 @@ def _goes_on_from_head(
 
     That is restored beside the spool, compared, and becomes the page map.
     """
-    path = capture.scratch_path("compare")
+    path = capture.record.scratch_path("compare")
     try:
         try:
             result = restore(store, path, clock=clock, overwrite=True)
@@ -319,7 +322,7 @@ def _goes_on_from_head(
             format_txid(head.max_txid),
         )
         history = History(new_lineage(), store.url)
-        capture.describe(path, history, head.max_txid, result.page_size)
+        capture.resync.describe(path, history, head.max_txid, result.page_size)
         _adopt_head(capture, store, head.max_txid, history.lineage)
         return True
     finally:
@@ -329,7 +332,7 @@ def _goes_on_from_head(
 def _is_same(capture: Capture, path: Path, clock: Clock) -> bool:
     for _ in range(_VIEW_ATTEMPTS):
         with open(path, "rb") as file:
-            same = capture.equals(file, os.path.getsize(path))
+            same = capture.resync.equals(file, os.path.getsize(path))
         if same is not None:
             return same
         clock.sleep(_VIEW_PAUSE_S)

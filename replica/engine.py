@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from .capture import Capture, TailLost
+from .capture import Capture
 from .clock import Clock
 from .compaction import Levels
 from .continuity import CATCHING_UP, reconcile
@@ -39,6 +39,7 @@ from .marks import Mark, check_label, put_mark, remove_mark
 from .merge_process import MergeProcess
 from .pagemap import History, PageMap
 from .peers import Message, Peers, Pipe
+from .record import TailLost
 from .restore import RestoreResult, restore
 from .sender import RequestThreads, Sender
 from .settings import DatabaseSettings
@@ -327,9 +328,9 @@ class Engine:
 
     def _begin_alone(self) -> None:
         """No other process has the database open: judge the files as they were left."""
-        self.capture.amend(refusal=(), admitted=False, destination=self._store.url)
+        self.capture.record.amend(refusal=(), admitted=False, destination=self._store.url)
         try:
-            self.capture.prove()
+            self.capture.record.prove()
         except TailLost as lost:
             self._roll_forward(lost)
 
@@ -341,7 +342,7 @@ class Engine:
         reconcile(self.capture, store, self._clock, adopt=adopt, reserve=self._reserve)
         with self._admission:
             self._reserved = False
-            self.capture.amend(admitted=True, adopt=False)
+            self.capture.record.amend(admitted=True, adopt=False)
         log.info(
             "%s -> %s, at txid %s",
             self.name,
@@ -356,11 +357,11 @@ class Engine:
     def _reserve(self) -> bool:
         """Ask for the database file, to change it; false once connections were let in."""
         with self._admission:
-            self._reserved = not self.capture.refresh().admitted
+            self._reserved = not self.capture.record.refresh().admitted
             return self._reserved
 
     def _recorded_refusal(self) -> ReplicaError | None:
-        refusal = self.capture.refresh(wait=False).refusal
+        refusal = self.capture.record.refresh(wait=False).refusal
         return error_of(*refusal) if len(refusal) == 2 else None
 
     def _handle(self, message: Message) -> None:
@@ -401,12 +402,12 @@ class Engine:
         """Let no commit pass any more: it could never be shipped."""
         if everywhere:
             with contextlib.suppress(ReplicaError):  # the others find out by themselves
-                self.capture.amend(refusal=(type(error).__name__, str(error)))
+                self.capture.record.amend(refusal=(type(error).__name__, str(error)))
         if isinstance(error, FencedError) and self.settings.on_fenced == "local":
             log.warning("%s: commits go on here, and are not shipped any more", self.name)
             # Gates have nothing to keep for this replica.
             with contextlib.suppress(ReplicaError):
-                self.capture.let_go("commits went on while another writer had the replica")
+                self.capture.record.let_go("commits went on while another writer had the replica")
             return
         if not isinstance(error, RefusedError | FencedError):
             error = RefusedError(f"{self.name} takes no more commits: {error}")
@@ -457,7 +458,7 @@ class Engine:
         self._replace_files(made, Path(self.path).with_name(kept))
         log.warning("%s: rolled forward; the damaged files are kept as %s*", self.name, kept)
         restored.record(result, self.path, self._clock)
-        self.capture.prove()
+        self.capture.record.prove()
 
     def _replace_files(self, new: Path, kept: Path) -> None:
         """Put a database in the place of ours, whose files are kept under another name."""
@@ -522,7 +523,7 @@ class Engine:
 
     def _admit_unanswered(self) -> None:
         """The replica does not answer: let connections in, if the files are not being changed."""
-        state = self.capture.refresh()
+        state = self.capture.record.refresh()
         if self._reserved or state.resync == CATCHING_UP:
             raise StoreUnavailable(
                 f"{self.path} is being brought up to date with {self._store.url}, which does not "
@@ -534,7 +535,7 @@ class Engine:
                     f"{self.path} is still being opened by another process, which waits for "
                     f"{self._store.url}: open it again later"
                 )
-            self.capture.amend(admitted=True)
+            self.capture.record.amend(admitted=True)
 
     @staticmethod
     def sync_descriptor(fd: int) -> None:
@@ -575,7 +576,7 @@ class Engine:
                 if policy != "resync":
                     raise
                 log.error("%s: %s; the WAL is let go and a resync follows", self.name, error)
-                self.capture.require_full_copy(f"the spool could not be written: {error}")
+                self.capture.record.require_full_copy(f"the spool could not be written: {error}")
                 return
 
     def before_close(self) -> None:
@@ -683,7 +684,7 @@ class Engine:
 
     def _require_wal_mode(self) -> None:
         """Raises RefusedError where a wait would never end: only the WAL can be shipped."""
-        if self.capture.in_wal_mode or not self.capture.has_content():
+        if self.capture.in_wal_mode or not self.capture.record.has_content():
             return
         # Whoever put it into WAL mode need not have come by here.
         if self._port.read_main(_MODE_OFFSET, len(_WAL_MODE)) == _WAL_MODE:
@@ -743,7 +744,7 @@ class Engine:
         trouble = uploader.fatal or self.refusal
         if not self._closed:
             try:
-                state = self.capture.refresh(wait=False)
+                state = self.capture.record.refresh(wait=False)
             except SpoolError as gone:
                 trouble = trouble or gone
         error = str(trouble) if trouble is not None else progress.last_error
@@ -785,7 +786,7 @@ class Engine:
             syncs=progress.syncs,
             sync_errors=progress.sync_errors,
             sync_s=progress.sync_s,
-            wal_bytes=self.capture.wal_bytes,
+            wal_bytes=self.capture.sealer.wal_bytes,
             checkpoints=self.capture.checkpoints,
             damaged_merges=self._levels.n_damaged,
         )
@@ -919,13 +920,13 @@ class _Memory:
         return self._capture.state.nonces
 
     def keep_nonces(self, nonces: tuple[str, ...]) -> None:
-        self._capture.amend(durable=True, nonces=nonces)
+        self._capture.record.amend(durable=True, nonces=nonces)
 
     def is_tested(self) -> bool:
         return self._capture.state.fence_tested == self._url
 
     def keep_tested(self) -> None:
-        self._capture.amend(fence_tested=self._url)
+        self._capture.record.amend(fence_tested=self._url)
 
 
 def restore_if_missing(settings: DatabaseSettings, host: Host | None = None) -> bool:

@@ -132,7 +132,7 @@ class Sender:
             FencedError: another writer's bytes lie under this TXID.
             StoreError: anything else.
         """
-        body = self._capture.body(sealed)
+        body = self._capture.record.body(sealed)
         if isinstance(body, bytes) and hashlib.sha256(body).hexdigest() != sealed.sha256:
             raise ReplicaError(
                 f"the spool holds other bytes than were sealed as {sealed.txid:016x}"

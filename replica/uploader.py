@@ -491,7 +491,7 @@ class Uploader:
             if self._capture.more:
                 self.dirty = True
                 return 0.0
-        elif self._capture.full_copy_reason is not None and self._capture.has_content():
+        elif self._capture.full_copy_reason is not None and self._capture.record.has_content():
             self._dirty_since = since if since is not None else now
             if not self._capture.in_wal_mode:
                 self._progress.last_error = "not in WAL mode: run PRAGMA journal_mode=WAL"
@@ -525,9 +525,9 @@ class Uploader:
     def _frozen(self) -> Sealed | None:
         if self._capture.full_copy_reason is None:
             return self._capture.take()
-        if not self._capture.has_content() or not self._capture.in_wal_mode:
+        if not self._capture.record.has_content() or not self._capture.in_wal_mode:
             return None
-        return self._capture.resync()
+        return self._capture.resync.take()
 
     def _merge_if_many(self) -> None:
         """Merge pieces that may not be sent yet; what stays as it is does no harm.
@@ -537,7 +537,7 @@ class Uploader:
         outgrown = self._capture.outgrows_database()
         if outgrown or len(self._capture.state.pieces) > MERGE_PIECES:
             try:
-                self._capture.merge_pieces(everything=outgrown)
+                self._capture.sealer.merge_pieces(everything=outgrown)
             except SpoolError as error:
                 self._progress.last_error = str(error)
 

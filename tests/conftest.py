@@ -11,9 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from support import servers
 from support.servers import MissingServer, S3Endpoint
+
+# How long an example takes says something of the machine, and nothing of the code.
+settings.register_profile("walship", deadline=None)
+settings.load_profile("walship")
 
 _NEEDS_MINIO = {"minio_server", "s3_server"}
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
-import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -34,8 +32,8 @@ from .services import services
 
 __all__ = ["Connection", "Replication", "configure", "connect", "replication"]
 
-#: Longest pause between two attempts at WAL mode; the one who wins needs a few milliseconds.
-_WAL_MODE_PAUSE_S = 0.02
+#: Between two attempts at WAL mode; the one who wins needs a few milliseconds.
+_WAL_MODE_PAUSE_S = 0.005
 
 ReplicaLike = str | os.PathLike[str] | Mapping[str, Any]
 
@@ -287,7 +285,7 @@ def _prepare(
         return
     if page_size is not None:
         connection.pragma("page_size", page_size)
-    mode = _wal_mode(connection, time.monotonic() + busy_timeout_s)
+    mode = _wal_mode(connection, registry.host.clock.monotonic() + busy_timeout_s)
     if mode != "wal":
         raise RefusedError(f"{name} cannot be replicated: it stays in journal mode {mode!r}")
     # Reads something once, so that the WAL is open and a damaged file is noticed here.
@@ -300,13 +298,14 @@ def _wal_mode(connection: Connection, deadline: float) -> str:
     The busy timeout does not help where several open a new database at once: each holds a shared
     lock and wants an exclusive one, which SQLite answers with "locked" at once.
     """
+    clock = registry.host.clock
     while True:
         try:
             return str(connection.pragma("journal_mode", "wal"))
         except apsw.BusyError:
-            if time.monotonic() >= deadline:
+            if clock.monotonic() >= deadline:
                 raise
-            time.sleep(random.uniform(0.001, _WAL_MODE_PAUSE_S))
+            clock.sleep(_WAL_MODE_PAUSE_S)
 
 
 def configure(

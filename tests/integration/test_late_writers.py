@@ -10,6 +10,7 @@ import hashlib
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import apsw
@@ -189,12 +190,8 @@ class Frozen:
     """Stands in for a capture: one frozen segment."""
 
     def __init__(self, body: bytes) -> None:
-        self._body = body
-
+        self.record = SimpleNamespace(body=lambda sealed: body)
         self.state = State()
-
-    def body(self, sealed: Sealed) -> bytes:
-        return self._body
 
 
 class Notes:

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import walship
 from support.databases import WAIT_S, Database, Stores
 from support.workers import Workers, workers
-from walship.replica.capture import Capture
+from walship.replica.sealing import Sealer
 from walship.replica.sqlite import SpoolError
 from walship.vfs.registry import registry
 
@@ -116,16 +116,16 @@ def test_lag_while_the_store_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk without room is seen, and that it has room again."""
     database = Database(tmp_path)
-    freeze = Capture._freeze
+    freeze = Sealer.freeze
     full = False
 
-    def refuse(self: Capture, *args: Any) -> Any:
+    def refuse(self: Sealer, *args: Any) -> Any:
         if full:
             cause = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             raise SpoolError("cannot write the spool") from cause
         return freeze(self, *args)
 
-    monkeypatch.setattr(Capture, "_freeze", refuse)
+    monkeypatch.setattr(Sealer, "freeze", refuse)
     with database.opened() as db:
         db.execute("create table t(x)")
         database.sync()

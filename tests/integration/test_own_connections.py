@@ -12,7 +12,7 @@ import pytest
 
 import walship
 from support.databases import Database
-from walship.replica.capture import Capture
+from walship.replica.sealing import Sealer
 
 
 @pytest.fixture(autouse=True)
@@ -85,15 +85,15 @@ def test_the_application_closes_the_connection_of_a_copy(
     with database.opened() as connection:
         connection.execute("CREATE TABLE t (x)")
         database.sync()
-        encode = Capture._encode
+        encode = Sealer.encode
 
         def closing(*args: object) -> None:
-            monkeypatch.setattr(Capture, "_encode", encode)
+            monkeypatch.setattr(Sealer, "encode", encode)
             _close_others(connection)
             encode(*args)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(Capture, "_encode", closing)
-        database.engine().capture.require_full_copy("the test wants one")
+        monkeypatch.setattr(Sealer, "encode", closing)
+        database.engine().capture.record.require_full_copy("the test wants one")
         database.assert_replica_equals_now()
         assert walship.replication(connection).status().ok
     database.assert_replica_equals_file()
@@ -155,7 +155,7 @@ def test_hooks_write_nothing_through_ours(tmp_path: Path) -> None:
         for n in range(3):
             _close_others(connection)
             connection.execute("INSERT INTO t VALUES (?)", (n,))
-            database.engine().capture.require_full_copy("the test wants one")
+            database.engine().capture.record.require_full_copy("the test wants one")
             database.sync()
         assert connection.execute("SELECT vfs FROM openings").fetchall() == [("walship",)]
         apsw.connection_hooks.clear()

@@ -44,7 +44,7 @@ def damages(draw: st.DrawFn) -> tuple[str, str, bytes]:
     return name, path.name, bytes(data)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(damages(), st.sampled_from([64, 601, 5000, 1 << 20]))
 def test_damaged_segment_is_noticed_or_harmless(
     damage: tuple[str, str, bytes], range_bytes: int

@@ -18,10 +18,10 @@ import pytest
 
 import walship
 from support.databases import Database, Stores, dump
-from walship.replica.capture import Capture
 from walship.replica.clock import SystemClock
 from walship.replica.election import InUseError
 from walship.replica.frames import WalReader
+from walship.replica.sealing import Sealer
 from walship.replica.spool import Fingerprint, Spool, read_state
 from walship.replica.sqlite import SqlitePort
 
@@ -159,7 +159,7 @@ def test_f20_nothing_we_do_drops_the_locks(tmp_path: Path) -> None:
         database.sync()
         database.demand_full_copy()
         walship.replication(connection).status()
-        database.engine().capture.has_content()
+        database.engine().capture.record.has_content()
         assert "locked" in _run(_TRY_TO_WRITE, database.path).stdout
         connection.execute("COMMIT")
         database.sync()
@@ -266,7 +266,7 @@ _FORK_AT_WORK = """
     db.execute("CREATE TABLE t (x)")
     codes = set()
     for n in range(25):
-        walship.replication(db)._engine.capture.require_full_copy("the test wants one")
+        walship.replication(db)._engine.capture.record.require_full_copy("the test wants one")
         db.execute("INSERT INTO t VALUES (?)", (n,))
         time.sleep(n / 5000)
         child = os.fork()
@@ -506,16 +506,16 @@ def test_f26_a_copy_beside_writers(
         if backfilled:
             connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
         database.sync()
-        encode = Capture._encode
+        encode = Sealer.encode
         reached, go_on = threading.Event(), threading.Event()
 
         def held(*args: Any) -> None:
-            monkeypatch.setattr(Capture, "_encode", encode)
+            monkeypatch.setattr(Sealer, "encode", encode)
             reached.set()
             assert go_on.wait(20)
             encode(*args)
 
-        monkeypatch.setattr(Capture, "_encode", held)
+        monkeypatch.setattr(Sealer, "encode", held)
         database.demand_full_copy()
         database.engine().uploader.request_sync()
         assert reached.wait(20)

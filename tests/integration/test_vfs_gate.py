@@ -15,6 +15,7 @@ import pytest
 import walship
 from support.databases import WAIT_S, Database, Stores, dump
 from walship.replica.capture import Capture
+from walship.replica.sealing import Sealer
 from walship.replica.spool import Spool
 from walship.replica.sqlite import SpoolError
 
@@ -215,7 +216,7 @@ def test_a_gate_during_the_first_copy(
         name.unlink()
     database.replica = tmp_path / "another"
     reached, go_on = threading.Event(), threading.Event()
-    encode = Capture._encode
+    encode = Sealer.encode
 
     def held(*args: Any) -> None:
         if not reached.is_set():
@@ -223,10 +224,10 @@ def test_a_gate_during_the_first_copy(
             assert go_on.wait(20)
         encode(*args)
 
-    monkeypatch.setattr(Capture, "_encode", held)
+    monkeypatch.setattr(Sealer, "encode", held)
     with database.opened() as connection:
         assert reached.wait(20)
-        monkeypatch.setattr(Capture, "_encode", encode)
+        monkeypatch.setattr(Sealer, "encode", encode)
         for n in range(30):
             connection.execute("REPLACE INTO t VALUES (?, randomblob(900))", (n,))
             if n % 7 == 3:

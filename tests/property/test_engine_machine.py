@@ -217,7 +217,7 @@ _CHECKS = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_t
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(
-    max_examples=12, stateful_step_count=20, deadline=None, suppress_health_check=_CHECKS
+    max_examples=12, stateful_step_count=20, suppress_health_check=_CHECKS
 )
 
 
@@ -227,5 +227,5 @@ class DeepMachine(Machine):
 
 TestDeepMachine = pytest.mark.slow(DeepMachine.TestCase)
 TestDeepMachine.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=_CHECKS
+    max_examples=60, stateful_step_count=40, suppress_health_check=_CHECKS
 )

@@ -88,7 +88,6 @@ def outcome(source: Any) -> tuple[Header, list[tuple[int, bytes]]] | str:
         return str(exc)
 
 
-@settings(deadline=None)
 @given(files(), st.sampled_from([1, 7, 1000, 1 << 20]))
 def test_round_trip(file: tuple[Header, Pages, PageEncoding], step: int) -> None:
     """What is encoded decodes to the same, whole or in pieces, and the index finds each page."""
@@ -103,7 +102,6 @@ def test_round_trip(file: tuple[Header, Pages, PageEncoding], step: int) -> None
         assert page_frame(data[offset : offset + length], header.page_size, pgno) == content
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=400))
 @example(b"")
 @example(b"LTX1" + bytes(96))
@@ -125,7 +123,6 @@ def test_arbitrary_bytes(data: bytes) -> None:
         assert result == ([], 0) or (isinstance(result, PageIndex) and not result.pgnos)
 
 
-@settings(deadline=None)
 @given(
     headers(),
     st.lists(
@@ -172,7 +169,7 @@ def damage(draw: st.DrawFn, data: bytes) -> bytes:
     return data
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(files(), st.data())
 def test_damaged_files(file: tuple[Header, Pages, PageEncoding], data: st.DataObject) -> None:
     """A damaged file is refused, or was damaged only where that changes nothing; in any pieces."""
@@ -211,7 +208,6 @@ def histories(draw: st.DrawFn) -> tuple[list[bytes], bytes, int]:
     return segments, b"".join(image[pgno] for pgno in sorted(image)), page_size
 
 
-@settings(deadline=None)
 @given(histories(), st.data())
 def test_merge_equals_applying_in_turn(
     history: tuple[list[bytes], bytes, int], data: st.DataObject

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from walship.replica.errors import FormatError
@@ -50,7 +50,6 @@ headers = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(headers, frame_lists, frame_lists, salts)
 def test_new_generation_over_an_old_one(
     header: WalHeader,
@@ -73,7 +72,6 @@ def test_new_generation_over_an_old_one(
     assert (last.frame_no if last else 0) == max(commits, default=0)
 
 
-@settings(deadline=None)
 @given(headers, frame_lists, st.data())
 def test_damage_ends_the_log_where_it_is(
     header: WalHeader, frames: list[tuple[int, int, bytes]], data: st.DataObject
@@ -91,7 +89,6 @@ def test_damage_ends_the_log_where_it_is(
     assert frame_offset(n_intact + 1, header.page_size) == wal_size(n_intact, header.page_size)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=40), headers, st.integers(0, 31), st.integers(1, 255))
 def test_headers_are_right_or_refused(data: bytes, header: WalHeader, at: int, flip: int) -> None:
     """Arbitrary bytes and headers with one damaged byte raise FormatError and nothing else."""

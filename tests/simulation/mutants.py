@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from walship.replica import capture
+from walship.replica import sealing
 from walship.replica.capture import Capture
 from walship.replica.compaction import Levels
 from walship.replica.fence import Fence
@@ -89,7 +89,7 @@ def _files() -> Any:
 
 def drop_a_page(patch: pytest.MonkeyPatch) -> None:
     """The last page of a batch of several is left out now and then."""
-    real = capture.pages
+    real = sealing.pages
     count = 0
 
     def pages(*arguments: Any) -> Iterator[tuple[int, memoryview]]:
@@ -100,7 +100,7 @@ def drop_a_page(patch: pytest.MonkeyPatch) -> None:
             del found[-1]
         return iter((pgno, memoryview(page)) for pgno, page in found)
 
-    patch.setattr(capture, "pages", pages)
+    patch.setattr(sealing, "pages", pages)
 
 
 def reuse_a_slot(patch: pytest.MonkeyPatch) -> None:
@@ -111,8 +111,9 @@ def reuse_a_slot(patch: pytest.MonkeyPatch) -> None:
         state = self._capture.state
         if state.segments and self._reconciled and not any(s.done for s in self._slots.values()):
             with self._capture.mutex:
-                self._capture.require_full_copy("made anew")
-                self._capture.begin(replace(self._capture.state, txid=state.acked_txid, sha256=""))
+                self._capture.record.require_full_copy("made anew")
+                fresh = replace(self._capture.state, txid=state.acked_txid, sha256="")
+                self._capture.record.begin(fresh)
             self._slots.clear()
             self._covered_ticket = -1
         return real(self, error)

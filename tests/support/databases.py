@@ -79,8 +79,8 @@ class Database:
         """Give up continuity, and the page map that would save a full copy."""
         capture = self.engine().capture
         with capture.mutex:
-            capture.require_full_copy("the test wants one")
-            (capture.scratch_path("").parent / "pages").unlink(missing_ok=True)
+            capture.record.require_full_copy("the test wants one")
+            (capture.record.scratch_path("").parent / "pages").unlink(missing_ok=True)
 
     def sync(self) -> int:
         """Wait until everything committed is in the replica."""

@@ -45,7 +45,8 @@ from support.recorder import (
     record,
     simulate,
 )
-from walship.replica import capture, host, spool
+from walship.replica import host, spool
+from walship.replica import record as record_module
 from walship.replica.clock import SystemClock
 from walship.replica.fence import LEASE_KEY
 from walship.replica.format.types import parse_segment_name
@@ -379,17 +380,17 @@ def _lengths(recording: Recording, objects: dict[str, Object]) -> dict[int, int]
 def _engine_on(script: Script, identities: Identities, store: MemoryStore) -> Iterator[None]:
     """An engine that sees these files, and this store unless it replicates to a directory."""
     end = simulate(identities)
-    kept = (host.open_store, capture._SETTLE_NS, spool._GROWTH_BYTES)
+    kept = (host.open_store, record_module._SETTLE_NS, spool._GROWTH_BYTES)
     if not script.directory:
         host.open_store = lambda *_: store  # type: ignore[attr-defined]
     # Waiting for time stamps to differ is for the recording.
-    capture._SETTLE_NS = 0  # type: ignore[misc]
+    record_module._SETTLE_NS = 0  # type: ignore[misc]
     spool._GROWTH_BYTES = script.journal_growth_bytes  # type: ignore[misc]
     try:
         yield
     finally:
         end()
-        host.open_store, capture._SETTLE_NS, spool._GROWTH_BYTES = kept  # type: ignore[attr-defined,misc]
+        host.open_store, record_module._SETTLE_NS, spool._GROWTH_BYTES = kept  # type: ignore[attr-defined,misc]
 
 
 def _go_on(script: Script, history: History, root: Path, least: int, most: int) -> None:

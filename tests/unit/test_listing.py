@@ -115,7 +115,8 @@ def sender(store: MemoryStore, acked_txid: int = 0) -> tuple[Sender, list[bytes]
     """A sender, and the bodies that its capture gives out."""
     bodies: list[bytes] = []
     capture = SimpleNamespace(
-        body=lambda sealed: bodies[0], state=SimpleNamespace(acked_txid=acked_txid)
+        record=SimpleNamespace(body=lambda sealed: bodies[0]),
+        state=SimpleNamespace(acked_txid=acked_txid),
     )
     fence = SimpleNamespace(rival=lambda: None, ensure=lambda: None)
     made = Sender("app.db", cast(Any, capture), store, cast(Any, fence), FakeClock())

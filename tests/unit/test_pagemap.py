@@ -64,7 +64,7 @@ _steps = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(commit=st.integers(0, 30), steps=_steps, small=st.booleans())
 def test_it_is_the_sum_of_its_segments(
     tmp_path_factory: pytest.TempPathFactory,
