@@ -34,7 +34,8 @@ def test_an_empty_object_is_replaced(tmp_path: Path) -> None:
     empty.touch()
     with closing(walship.connect(path, replica)) as db:
         db.execute("insert into t values(1)")
-        assert walship.replication(db).sync(30) == txid + 1
+        # Another segment may have come before the commit's: see `Capture._before_the_gate`.
+        assert walship.replication(db).sync(30) > txid
     assert empty.stat().st_size > 0
     walship.restore(replica, tmp_path / "out.db")
     assert rows(tmp_path / "out.db") == 1
