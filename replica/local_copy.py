@@ -39,17 +39,11 @@ from .files import write_all
 from .format.checksum import wal_checksum
 from .format.types import WalSalts
 from .format.wal import WalHeader, frame_offset
+from .format.walindex import COPIES_SIZE, IndexHeader, whole
 from .sqlite import connections_to
 from .store.local import fsync_file, sync_data
 
 __all__ = ["FileMark", "LocalCopy", "LogEnd", "Transaction", "put_into_wal_mode"]
-
-# The header of the wal-index (SQLite's walformat.html), of which there are two copies.  Integers
-# are in the host's byte order but for the salts, which stand as they do in the WAL.
-_INDEX_HEADER: Final = struct.Struct("=3I2BH4I")
-_INDEX_HEADER_SIZE: Final = 48
-_SALTS_OFFSET: Final = 32
-_SALTS: Final = struct.Struct(">2I")
 
 _FRAME_PREFIX: Final = struct.Struct(">2I")
 _FRAME_REST: Final = struct.Struct(">4I")
@@ -214,22 +208,14 @@ class LocalCopy:
         """Have SQLite look at the log, and rebuild its index where that is unreadable."""
         self._connection.pragma("user_version")
 
-    def _header(self) -> tuple[int, tuple[int, int], WalSalts, bool]:
-        """Of the wal-index: frames, running checksum, salts, byte order of the checksums."""
+    def _header(self) -> IndexHeader:
+        """Of the wal-index."""
         for _ in range(_INDEX_ATTEMPTS):
-            data = os.pread(self._index, 2 * _INDEX_HEADER_SIZE, 0)
-            first = data[:_INDEX_HEADER_SIZE]
-            if len(data) == 2 * len(first) and first == data[_INDEX_HEADER_SIZE:]:
-                break  # else somebody is writing it, whose checkpoint empties the log
-        else:
-            raise RestoreError(f"the index of the log of {self.path} stays torn: start again")
-        fields = _INDEX_HEADER.unpack_from(first)
-        return (
-            fields[6],
-            (fields[8], fields[9]),
-            WalSalts(*_SALTS.unpack_from(first, _SALTS_OFFSET)),
-            bool(fields[4]),
-        )
+            header = whole(os.pread(self._index, COPIES_SIZE, 0))
+            if header is not None:
+                return IndexHeader.parse(header)
+            # Somebody is writing it, whose checkpoint empties the log.
+        raise RestoreError(f"the index of the log of {self.path} stays torn: start again")
 
     def _release(self) -> None:
         if self._log >= 0:
@@ -260,7 +246,7 @@ class Transaction:
         n_frames, checksum, salts, big_endian = copy._header()
         if not n_frames:
             # Everything is in the file, so what the log still holds may go.
-            fresh = WalSalts(*_SALTS.unpack(secrets.token_bytes(_SALTS.size)))
+            fresh = WalSalts(secrets.randbits(32), secrets.randbits(32))
             header = WalHeader.make(copy.page_size, fresh)
             write_all(copy._log, [header.pack()], 0)
             checksum, salts, big_endian = header.checksum, header.salts, header.big_endian
@@ -304,7 +290,7 @@ class Transaction:
         copy = self._copy
         self._flush()
         sync_data(copy._log)
-        os.pwrite(copy._index, bytes(2 * _INDEX_HEADER_SIZE), 0)
+        os.pwrite(copy._index, bytes(COPIES_SIZE), 0)
         self.is_committed = True
 
     def _frame(self, pgno: int, page: bytes, commit: int) -> None:

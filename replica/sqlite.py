@@ -26,6 +26,7 @@ import apsw
 
 from .errors import ReplicaError
 from .format.types import WalSalts
+from .format.walindex import COPIES_SIZE, IndexHeader, is_initialised, whole
 
 __all__ = [
     "SQLITE_MIN_VERSION",
@@ -56,10 +57,6 @@ _SHARED_SIZE: Final = 510
 
 # The header of the wal-index (SQLite's walformat.html), of which there are two copies: whether it
 # is initialised, and the salts as they stand in the WAL's header.
-_INDEX_HEADER_SIZE: Final = 48
-_INDEX_IS_INIT: Final = 12
-_INDEX_SALTS: Final = 32
-_SALTS: Final = struct.Struct(">2I")
 
 #: Attempts at the wal-index: a torn header or a busy recovery lock clears within microseconds.
 _PROBE_ATTEMPTS: Final = 200
@@ -378,7 +375,7 @@ class SqlitePort:
         has reset the index, and everything in the file is in the main file.  Any thread.
         """
         header = self.index_header()
-        return None if header is None else WalSalts(*_SALTS.unpack_from(header, _INDEX_SALTS))
+        return None if header is None else IndexHeader.parse(header).salts
 
     def index_header(self) -> bytes | None:
         """The header of the wal-index, which is another one after every commit; None without one.
@@ -388,14 +385,14 @@ class SqlitePort:
         with self._probe_lock:
             for _ in range(_PROBE_ATTEMPTS):
                 try:
-                    data = os.pread(self._open_index(), 2 * _INDEX_HEADER_SIZE, 0)
+                    copies = os.pread(self._open_index(), COPIES_SIZE, 0)
                 except OSError:
                     return None
-                first, second = data[:_INDEX_HEADER_SIZE], data[_INDEX_HEADER_SIZE:]
-                if len(second) < _INDEX_HEADER_SIZE or not first[_INDEX_IS_INIT]:
+                if not is_initialised(copies):
                     return None
-                if first == second:
-                    return first
+                header = whole(copies)
+                if header is not None:
+                    return header
             return None
 
     def begin_reading(self) -> apsw.Connection:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import struct
 from dataclasses import replace
 from typing import Final
 
@@ -19,6 +18,7 @@ import apsw
 
 from walship.replica.engine import Engine
 from walship.replica.errors import ReplicaError
+from walship.replica.format.walindex import IndexHeader
 from walship.replica.settings import DatabaseSettings
 from walship.vfs.connection import connect, replication
 from walship.vfs.registry import canonical, registry
@@ -29,9 +29,6 @@ __all__ = ["Sidecar"]
 
 log = logging.getLogger("walship.sidecar")
 
-#: Where the wal-index header counts the frames (SQLite's walformat.html), in the machine's order.
-_MX_FRAME: Final = struct.Struct("=I")
-_MX_FRAME_OFFSET: Final = 16
 #: Attempts at a moment in which the whole WAL is in the main file and nobody writes.
 _RESTARTS: Final = 5
 #: Pause before the next one after that, seconds.
@@ -112,7 +109,7 @@ class Sidecar:
             self._hold.advance()
             self._seen = header
             if header is not None and now >= self._next_restart:
-                (mx_frame,) = _MX_FRAME.unpack_from(header, _MX_FRAME_OFFSET)
+                mx_frame = IndexHeader.parse(header).mx_frame
                 if mx_frame >= self._pages and not self._restart_wal():
                     self._next_restart = now + _RESTART_PAUSE_S
         except apsw.BusyError:
