@@ -262,8 +262,10 @@ def test_directories_and_reloading(tmp_path: Path) -> None:
         create(directory / "two.db")
         running.wait_for("full copy as txid", 2)
         alone = f"  - path: {tmp_path}/alone.db\n    replica: {{path: {tmp_path}/alone-replica}}\n"
-        config.write_text("dbs:\n" + alone)
+        config.write_text("logging: {type: json}\nexec: date\ndbs:\n" + alone)
         os.kill(running.pid, signal.SIGHUP)
+        running.wait_for('"msg": "the configuration was read again"')
+        assert "exec: what was changed there takes effect at the next start" in running.said()
         running.wait_for("full copy as txid", 3)
         running.wait_for("not replicated any more", 2)
         config.write_text("dbs: 5\n")

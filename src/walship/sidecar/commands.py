@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -19,6 +20,8 @@ from .program import Listing, once, run
 from .service import Service
 
 __all__ = ["control", "replicate", "socket_of"]
+
+log = logging.getLogger("walship.sidecar")
 
 
 def replicate(
@@ -58,10 +61,14 @@ def replicate(
     def reload() -> Listing:
         fresh = read()
         listing = _listing(fresh)
+        change_logging(fresh.logging)
         services.configure(fresh)
+        for name in ("exec", "socket"):
+            if getattr(fresh, name) != getattr(settings, name):
+                log.warning("%s: what was changed there takes effect at the next start", name)
         return listing
 
-    with logging_to(settings.logging):
+    with logging_to(settings.logging) as change_logging:
         if only_once:
             return once(service, settings.all_databases(), snapshot=snapshot, tend=tend)
         with _observed(service, settings), _controlled(service, settings):
