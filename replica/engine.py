@@ -20,6 +20,7 @@ from .capture import Capture
 from .clock import Clock
 from .compaction import Levels
 from .continuity import CATCHING_UP, reconcile
+from .counts import CheckpointCounts, Checkpoints
 from .election import InUseError
 from .errors import (
     ClosedError,
@@ -144,7 +145,7 @@ class Work:
         sync_errors: how often that failed.
         sync_s: seconds that it took.
         wal_bytes: bytes of the WAL that were made ready for sending.
-        checkpoints: checkpoints that connections of this process began.
+        checkpoints: what connections of this process did to the WAL, by mode.
         damaged_merges: how often segments that were to be merged turned out to be damaged.
     """
 
@@ -154,7 +155,7 @@ class Work:
     sync_errors: int
     sync_s: float
     wal_bytes: int
-    checkpoints: int
+    checkpoints: tuple[Checkpoints, ...]
     damaged_merges: int
 
 
@@ -178,6 +179,8 @@ class Engine:
         self.name = os.path.basename(self.path)
         self._host = host
         self._clock = clock = host.clock
+        #: Counted by the VFS.
+        self.checkpoints = CheckpointCounts(clock.monotonic)
         self._store = store
         self._spool = spool
         spool.max_bytes = settings.max_spool_bytes
@@ -787,7 +790,7 @@ class Engine:
             sync_errors=progress.sync_errors,
             sync_s=progress.sync_s,
             wal_bytes=self.capture.sealer.wal_bytes,
-            checkpoints=self.capture.checkpoints,
+            checkpoints=self.checkpoints.all(),
             damaged_merges=self._levels.n_damaged,
         )
 
