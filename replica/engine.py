@@ -518,10 +518,12 @@ class Engine:
                 self._admit_unanswered()
             self._has_waited = True
         if not answered:
+            is_silent = self.uploader.progress.last_error is None
             log.warning(
-                "%s: %s does not answer; commits stay in the WAL until it does",
+                "%s: %s %s; commits stay in the WAL until it does",
                 self.name,
                 self._store.url,
+                "does not answer" if is_silent else "does not take anything yet",
             )
 
     def _admit_unanswered(self) -> None:
@@ -870,6 +872,10 @@ class Engine:
             return False
         return True
 
+    def close_within(self, seconds: float) -> None:
+        """The last close waits so long for uploads, in place of ``shutdown-sync-timeout``."""
+        self.settings = replace(self.settings, shutdown_sync_timeout_s=seconds)
+
     def close(self, drained: bool) -> None:
         """Stop, and say what stays behind.  Call `leave` first.  Safe to call twice.
 
@@ -881,13 +887,14 @@ class Engine:
         self.uploader.stop()
         if not drained and self.uploader.fatal is None and self.capture.in_wal_mode:
             state = self.capture.state
+            sealed = f" ({state.pending_bytes} bytes of it sealed)" if state.pending_bytes else ""
             log.warning(
-                "%s: closed with %d sealed bytes behind txid %s that are not in %s yet; they are "
-                "shipped after the next open",
+                "%s: closed before everything was in %s: what follows txid %s%s is on this disk, "
+                "and shipped after the next open",
                 self.name,
-                state.pending_bytes,
-                format_txid(self.uploader.replicated_txid),
                 self._store.url,
+                format_txid(self.uploader.replicated_txid),
+                sealed,
             )
         self.release()
 

@@ -39,6 +39,8 @@ def test_an_older_volume_is_refused_and_can_be_reset(
     """Brought back from a disk snapshot it may not go on, until somebody decides that it shall."""
     _brought_back(database)
     before = database.segments()
+    assert main(["reset", "-dry-run", str(database.path)]) == 0
+    assert "would be reset" in capsys.readouterr().err
     with pytest.raises(walship.ContinuityError) as caught:
         database.connect()
     assert caught.value.replica_txid == caught.value.local_txid + 1

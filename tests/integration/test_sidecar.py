@@ -14,11 +14,13 @@ import apsw
 import pytest
 
 import walship
-from support.databases import dump
+from support.databases import Stores, dump
 from support.sidecars import create, execute, replicating, wait_until, writer
 from walship.replica.config import database_settings
+from walship.replica.engine import Engine
 from walship.sidecar.control import ControlError, call
 from walship.sidecar.database import Sidecar
+from walship.sidecar.program import once
 from walship.sidecar.service import Service
 
 #: What is said when a full copy, or a comparison of all pages, was needed.
@@ -73,7 +75,7 @@ def test_the_wal_stays_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
                 sidecar.poll()
                 longest = max(longest, os.stat(f"{path}-wal").st_size)
         plain.close()
-        assert sidecar.drain()
+        assert sidecar.drain(20)
         status = sidecar.engine.status()
         assert status.replicated_txid == status.txid
     finally:
@@ -106,7 +108,7 @@ def test_nobody_else_can_restart_the_wal(tmp_path: Path) -> None:
                 if n == 1:
                     sidecar.poll()
         plain.close()
-        assert sidecar.drain()
+        assert sidecar.drain(20)
     finally:
         sidecar.close()
     _assert_same(path, tmp_path / "replica")
@@ -329,6 +331,10 @@ def test_the_control_socket(tmp_path: Path) -> None:
         code, said = walship_command("sync", "-wait", other)
         assert (code, "stopped" in said) == (1, True)
         assert "started" in walship_command("start", other)[1]
+        assert "would_be_unregistered" in walship_command("unregister", "-dry-run", other)[1]
+        code, said = walship_command("unregister", "-dry-run", "-json", tmp_path / "no.db")
+        assert json.loads(said)["status"] == "already_unregistered"
+        assert len(call(socket, "GET", "/list", None, 9)["databases"]) == 2
         assert "unregistered" in walship_command("unregister", other)[1]
         assert "already_unregistered" in walship_command("unregister", other)[1]
         assert "[replicating]" in walship_command("list")[1]
@@ -376,6 +382,58 @@ def test_trouble_ends_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (worker.state, worker.error) == ("replicating", None)
     assert service.close()
     _assert_same(path, replica)
+
+
+def _one(path: Path, replica: Path, **settings: object) -> Service:
+    """A service for one database, whose first copy has arrived."""
+    service = Service()
+    service.set([database_settings(path, str(replica), sync_interval=0.0, **settings)])
+    (worker,) = service.workers()
+    assert worker.wait_opened(30)
+    worker.sidecar().sync(20)
+    return service
+
+
+def test_the_last_uploads_have_one_time_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """shutdown-sync-timeout is for all that is waited for, or whoever stops it would kill it."""
+    stores = Stores(monkeypatch)
+    path = tmp_path / "app.db"
+    create(path)
+    service = _one(path, tmp_path / "replica", shutdown_sync_timeout=0.5)
+    stores.block()
+    execute(path, "INSERT INTO rows VALUES ('a', 1, NULL)")
+    limits: list[float] = []
+    drain = Engine.drain
+    monkeypatch.setattr(
+        Engine, "drain", lambda self, timeout: (limits.append(timeout), drain(self, timeout))[1]
+    )
+    assert not service.close()
+    stores.release()
+    assert 0.0 < limits[0] <= 0.5
+    assert sum(limits) <= 0.5
+    assert len(limits) == 2
+
+
+def test_the_last_uploads_in_one_attempt(tmp_path: Path) -> None:
+    """shutdown-sync-timeout: 0 is one attempt, as with Litestream, and not none."""
+    path = tmp_path / "app.db"
+    create(path)
+    service = _one(path, tmp_path / "replica", shutdown_sync_timeout=0)
+    execute(path, "INSERT INTO rows VALUES ('a', 1, NULL)")
+    assert service.close()
+    _assert_same(path, tmp_path / "replica")
+
+
+def test_once_does_not_wait_for_a_person(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """-once, with nothing but trouble, ends with it, and does not take five minutes."""
+    monkeypatch.setattr("walship.sidecar.program._TROUBLE_S", 0.5)
+    path, replica = tmp_path / "app.db", tmp_path / "replica"
+    create(path)
+    replica.write_text("a file where the directory should be")
+    database = database_settings(path, str(replica), open_timeout=0, shutdown_sync_timeout=0)
+    assert once(Service(), [database], snapshot=False, tend=False) == 1
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+from walship import __version__
 from walship.logs import logging_to
 from walship.replica.config_file import Settings
 from walship.replica.errors import ConfigError
@@ -69,10 +70,19 @@ def replicate(
         return listing
 
     with logging_to(settings.logging) as change_logging:
+        log.info("walship %s begins: %s", __version__, _in_words(settings))
         if only_once:
             return once(service, settings.all_databases(), snapshot=snapshot, tend=tend)
         with _observed(service, settings), _controlled(service, settings):
             return run(service, _listing(settings), reload, command or settings.exec)
+
+
+def _in_words(settings: Settings) -> str:
+    counted = {
+        "database(s)": len(settings.databases),
+        "directory entry(s)": len(settings.directories),
+    }
+    return ", ".join(f"{number} {what}" for what, number in counted.items() if number)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Final, Literal
 
 import apsw
 
+from walship.replica.clock import SystemClock
 from walship.replica.engine import restore_if_missing
 from walship.replica.errors import ClosedError, ReplicaError
 from walship.replica.settings import DatabaseSettings
@@ -25,6 +26,8 @@ log = logging.getLogger("walship.sidecar")
 
 WorkerState = Literal["opening", "waiting", "replicating", "failed", "stopped"]
 
+_clock: Final = SystemClock()
+
 #: Pauses between two looks at a database, seconds: a tenth of its sync interval, within these.
 _POLL_S: Final = (0.01, 0.1)
 #: The same once nothing has happened for a number of looks.
@@ -34,6 +37,8 @@ _IDLE_POLLS: Final = 20
 _RETRY_S: Final = 1.0
 #: The same after a refusal, which takes a person to end it, seconds.
 _REFUSED_S: Final = 10.0
+#: Time that the last uploads get at least, however long opening took, seconds.
+_LEAST_S: Final = 0.1
 
 
 class Worker:
@@ -49,6 +54,8 @@ class Worker:
         self.path = str(settings.path)
         self._restore_missing = restore_missing
         self._stopping = threading.Event()
+        # By when the last uploads must have ended, once it is told to stop; set before that event.
+        self._deadline: float | None = None
         # Guards the fields below, and says when one of them changes.
         self._changed = threading.Condition()
         self._state: WorkerState = "opening"
@@ -94,7 +101,10 @@ class Worker:
             return self._sidecar
 
     def stop(self) -> None:
-        """Ask it to ship what is there and to let go of the database; returns at once."""
+        """Ask it to ship what is there, within ``shutdown-sync-timeout`` from now, and to let go of
+        the database; returns at once."""
+        if self._deadline is None:
+            self._deadline = _clock.monotonic() + self.settings.shutdown_sync_timeout_s
         self._stopping.set()
 
     def join(self, timeout: float | None = None) -> bool:
@@ -130,7 +140,7 @@ class Worker:
             finally:
                 with self._changed:
                     self._sidecar = None
-                sidecar.close()
+                sidecar.close(self._left_s())
         except (FencedError, RefusedError) as error:
             self._become("failed", error)
             return _REFUSED_S
@@ -161,8 +171,16 @@ class Worker:
                 log.warning("%s is another file now: beginning anew", self.path)
                 self._become("opening", None)
                 return 0.0
-        self._drained = sidecar.drain()
+        # 0 stands for one attempt; that nothing is left does not.
+        is_timed = self.settings.shutdown_sync_timeout_s > 0
+        self._drained = sidecar.drain(max(_LEAST_S, self._left_s() or 0.0) if is_timed else 0.0)
         return 0.0
+
+    def _left_s(self) -> float | None:
+        """What is left of the time for the last uploads, seconds; None while not told to stop."""
+        if self._deadline is None:
+            return None
+        return max(0.0, self._deadline - _clock.monotonic())
 
     def _become(
         self,
