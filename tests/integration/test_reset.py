@@ -47,6 +47,10 @@ def test_an_older_volume_is_refused_and_can_be_reset(
     for way_out in ("walship restore", "new path", "adopt=True", "walship reset"):
         assert way_out in str(caught.value)
     assert database.segments() == before
+    assert main(["status", str(database.path)]) == 6
+    found = capsys.readouterr()
+    assert " error " in found.out
+    assert "walship restore" in found.err
     assert main(["reset", str(database.path)]) == 0
     assert "was reset" in capsys.readouterr().err
     with database.opened() as connection:

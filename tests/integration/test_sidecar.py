@@ -16,12 +16,15 @@ import pytest
 import walship
 from support.databases import Stores, dump
 from support.sidecars import create, execute, replicating, wait_until, writer
+from walship.cli import main
 from walship.replica.config import database_settings
 from walship.replica.engine import Engine
+from walship.replica.errors import ContinuityError
 from walship.sidecar.control import ControlError, call
 from walship.sidecar.database import Sidecar
 from walship.sidecar.program import once
 from walship.sidecar.service import Service
+from walship.sidecar.worker import Worker
 
 #: What is said when a full copy, or a comparison of all pages, was needed.
 _BROKEN = ("full copy", "resync", "changed while", "lost", "foreign")
@@ -434,6 +437,33 @@ def test_once_does_not_wait_for_a_person(tmp_path: Path, monkeypatch: pytest.Mon
     replica.write_text("a file where the directory should be")
     database = database_settings(path, str(replica), open_timeout=0, shutdown_sync_timeout=0)
     assert once(Service(), [database], snapshot=False, tend=False) == 1
+
+
+def test_refusals_are_tried_again_less_and_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What takes a person to mend costs few requests meanwhile, and goes on once it is mended."""
+    path, other, replica = tmp_path / "app.db", tmp_path / "other.db", tmp_path / "replica"
+    for each in (path, other):
+        create(each)
+    assert _one(path, replica).close()
+    execute(other, "INSERT INTO rows VALUES ('other', 1, NULL)")
+    pauses: list[float] = []
+    refused_s = Worker._refused_s
+    monkeypatch.setattr(
+        Worker, "_refused_s", lambda self: (pauses.append(refused_s(self)), 0.05)[1]
+    )
+    service = Service()
+    service.set([database_settings(other, str(replica), sync_interval=0.0)])
+    (worker,) = service.workers()
+    wait_until(lambda: len(pauses) >= 5, lambda: worker.state)
+    assert pauses[:5] == [10, 20, 40, 60, 60]
+    assert isinstance(worker.error, ContinuityError)
+    wait_until(lambda: main(["reset", str(other)]) == 0, lambda: worker.state)
+    wait_until(lambda: worker.state == "replicating", lambda: str(worker.error))
+    assert worker.sidecar().sync(20) > 1
+    assert service.close()
+    _assert_same(other, replica)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import apsw
 
 from walship.replica.clock import SystemClock
 from walship.replica.engine import restore_if_missing
-from walship.replica.errors import ClosedError, ReplicaError
+from walship.replica.errors import ClosedError, ConfigError, ContinuityError, ReplicaError
 from walship.replica.settings import DatabaseSettings
 from walship.replica.sqlite import FencedError, RefusedError
 
@@ -35,8 +35,10 @@ _IDLE_POLL_S: Final = 0.5
 _IDLE_POLLS: Final = 20
 #: Pause before a database that is not there, or cannot be opened yet, is looked for again, seconds.
 _RETRY_S: Final = 1.0
-#: The same after a refusal, which takes a person to end it, seconds.
+#: The same after a refusal, which takes a person to end it: pauses double from the first to the
+#: second, seconds.  Each attempt costs some requests, and a line in the log.
 _REFUSED_S: Final = 10.0
+_REFUSED_LONGEST_S: Final = 60.0
 #: Time that the last uploads get at least, however long opening took, seconds.
 _LEAST_S: Final = 0.1
 
@@ -62,6 +64,7 @@ class Worker:
         self._sidecar: Sidecar | None = None
         self._error: Exception | None = None
         self._drained = True
+        self._refusals = 0  # in a row
         low, high = _POLL_S
         assert settings.replica is not None
         self._poll_s = min(high, max(low, settings.replica.sync_interval_s / 10))
@@ -135,22 +138,29 @@ class Worker:
                 return _RETRY_S
             sidecar = Sidecar(self.settings)
             self._become("replicating", None, sidecar)
+            self._refusals = 0
+            if not sidecar.engine.uploader.leads:
+                log.info("%s: another process uploads it; this one stands by", self.path)
             try:
                 return self._watch(sidecar)
             finally:
                 with self._changed:
                     self._sidecar = None
                 sidecar.close(self._left_s())
-        except (FencedError, RefusedError) as error:
+        except (ConfigError, ContinuityError, FencedError, RefusedError) as error:
             self._become("failed", error)
-            return _REFUSED_S
+            return self._refused_s()
         except (ReplicaError, apsw.Error, OSError) as error:
             self._become("failed", error)
             return _RETRY_S
         except Exception as error:
             log.exception("%s: unexpected error", self.path)
             self._become("failed", error)
-            return _REFUSED_S
+            return self._refused_s()
+
+    def _refused_s(self) -> float:
+        self._refusals += 1
+        return min(_REFUSED_LONGEST_S, _REFUSED_S * 2.0 ** min(self._refusals - 1, 10))
 
     def _is_there(self) -> bool:
         path = Path(self.path)
@@ -166,7 +176,7 @@ class Worker:
             quiet = 0 if sidecar.poll() else quiet + 1
             if sidecar.fatal is not None:
                 self._become("failed", sidecar.fatal, told=True)
-                return _REFUSED_S
+                return self._refused_s()
             if sidecar.is_replaced:
                 log.warning("%s is another file now: beginning anew", self.path)
                 self._become("opening", None)
