@@ -219,10 +219,10 @@ def _run(words: Sequence[str], clock: Clock) -> int:
         say(one_line(error) + _hint(words))
         return exit_code(error)
     except _Terminated:
-        say("terminated; no database or replica was changed")
+        say(f"terminated; {_left_behind(command)}")
         return EXIT_TERMINATED
     except KeyboardInterrupt:
-        say("interrupted; no database or replica was changed")
+        say(f"interrupted; {_left_behind(command)}")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has seen enough.  Nothing must be flushed into the pipe later.
@@ -235,6 +235,12 @@ def _run(words: Sequence[str], clock: Clock) -> int:
         logger.setLevel(previous[0])
         logger.propagate = previous[1]
         logging.captureWarnings(False)
+
+
+def _left_behind(command: str) -> str:
+    if command == "replicate":  # with -once; else signals are handled there
+        return "what is not in its replica yet goes out after the next start"
+    return "no database or replica was changed"
 
 
 class _MessageFormatter(logging.Formatter):
@@ -283,7 +289,7 @@ def _joined(words: Sequence[str]) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="walship",
-        description="Restores SQLite databases from replicas and looks at replicas and databases.",
+        description="Replicates SQLite databases to object storage, restores and verifies them.",
         epilog=_MAIN_HELP,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
@@ -301,7 +307,8 @@ def _parser() -> argparse.ArgumentParser:
         made: argparse.ArgumentParser = commands.add_parser(
             name,
             help=summary,
-            description=f"{summary[0].upper()}{summary[1:]}.",
+            description=f"{summary[0].upper()}{summary[1:].removesuffix('?')}"
+            + ("?" if summary.endswith("?") else "."),
             epilog=epilog,
             formatter_class=HelpFormatter,
             allow_abbrev=False,
@@ -468,6 +475,9 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("database", metavar="DB", help="a database file")
         if name == "register":
             add_option(made, "replica", metavar="URL", required=True, help="its replica's URL")
+        if name == "unregister":
+            what = "say what would be done, change nothing"
+            add_option(made, "dry-run", action="store_true", help=what)
         if name == "sync":
             add_option(made, "wait", action="store_true", help="until the replica has it")
         add_config(made)
@@ -505,6 +515,7 @@ def _parser() -> argparse.ArgumentParser:
         "forget what is recorded beside a database: it becomes its replica's next state",
     )
     made.add_argument("database", metavar="DB", help="the database; no process may have it open")
+    add_option(made, "dry-run", action="store_true", help="say what would be done, change nothing")
     add_config(made)
 
     made = command(

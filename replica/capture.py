@@ -68,7 +68,6 @@ class Capture:
         mutex: the drain mutex.  Guards the spool, the WAL's descriptor and the fields below.
         in_wal_mode: whether page 1 says WAL mode, as the VFS saw it last; before that nothing may
             be read, for a reader would be in the way of switching to it.
-        checkpoints: that this process has begun.
         more: the last `take` did not take all: it was cut at the limit of one segment, or a gate is
             about to seal the rest.
     """
@@ -108,7 +107,6 @@ class Capture:
         # Salts of a WAL whose frames could not be judged, and how often they were looked at.
         self._unsettled: tuple[WalSalts, int] = (WalSalts(0, 0), 0)
         self.in_wal_mode = False
-        self.checkpoints = 0
         self.more = False
 
     @property
@@ -181,7 +179,6 @@ class Capture:
         # that here.
         with self._note_lock:
             salts = self._note_wal.salts()
-            self.checkpoints += 1
         if salts is not None:
             self._known_end = (salts, published.mx_frame)
 

@@ -7,7 +7,7 @@ Litestream's format; keys may be written with hyphens or underscores.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -178,9 +178,10 @@ class Settings:
         for directory in self.directories:
             for database in directory.databases():
                 found.setdefault(str(database.path), database)
-        databases = list(found.values())
-        _check_replicas(databases)
-        return databases
+        distinct = _Distinct()
+        for database in found.values():
+            distinct.add(database)
+        return list(found.values())
 
 
 def read_settings(tree: object, variables: Mapping[str, str], *, strict: bool = False) -> Settings:
@@ -196,11 +197,15 @@ def read_settings(tree: object, variables: Mapping[str, str], *, strict: bool = 
         ConfigError: a setting that cannot be used; the message names the entry.
     """
     remarks = Remarks(strict=strict)
+    if isinstance(tree, list):
+        raise ConfigError("it begins with a list: write `dbs:` before it")
     top = _section(tree, "the file")
     values: dict[str, Any] = {}
     replica_defaults: dict[str, object] = {}
     database_defaults: dict[str, object] = {}
     for key, value in top.items():
+        if key.startswith("x-"):
+            continue  # the user's own, for anchors
         if key in ("url", "meta-path") or key in DIRECTORY_KEYS:
             raise ConfigError(f"{key}: it belongs to a database, below dbs")
         for parsers, found in (
@@ -217,18 +222,20 @@ def read_settings(tree: object, variables: Mapping[str, str], *, strict: bool = 
     if not isinstance(entries, list):
         raise ConfigError("dbs: a list is expected (each entry begins with '-')")
     databases, directories = [], []
+    distinct = _Distinct()
     reader = _EntryReader(replica_defaults, database_defaults, variables, remarks)
     for number, entry in enumerate(entries, 1):
         try:
+            if isinstance(entry, str):
+                raise ConfigError("`path: ` is missing before the database file")
             section = _section(entry, "an entry of dbs")
             if "dir" in section:
                 directories.append(reader.directory(section))
             else:
                 databases.append(reader.database(section))
+                distinct.add(databases[-1])
         except ConfigError as error:
             raise ConfigError(f"dbs[{number}]: {error}") from error
-    _check_paths(databases)
-    _check_replicas(databases)
     return Settings(
         databases=tuple(databases),
         directories=tuple(directories),
@@ -352,31 +359,35 @@ class _EntryReader:
             raise ConfigError(f"replica: {error}") from error
 
 
-def _check_paths(databases: Iterable[DatabaseSettings]) -> None:
-    paths: set[Path] = set()
-    for database in databases:
-        if database.path in paths:
+class _Distinct:
+    """Databases that are no two with one file, or with one replica."""
+
+    def __init__(self) -> None:
+        self._paths: set[Path] = set()
+        self._replicas: dict[object, Path] = {}
+
+    def add(self, database: DatabaseSettings) -> None:
+        """One more.
+
+        Raises:
+            ConfigError: there was one like it.
+        """
+        if database.path in self._paths:
             raise ConfigError(f"{database.path} is listed twice")
-        paths.add(database.path)
-
-
-def _check_replicas(databases: Iterable[DatabaseSettings]) -> None:
-    replicas: dict[object, Path] = {}
-    for database in databases:
+        self._paths.add(database.path)
         if database.replica is None:
-            continue
+            return
         store = database.replica.store
         place: object = (
             store.path
             if isinstance(store, LocalSettings)
             else (store.endpoint, store.bucket, store.path)
         )
-        if place in replicas:
+        first = self._replicas.setdefault(place, database.path)
+        if first != database.path:
             raise ConfigError(
-                f"{replicas[place]} and {database.path} have the same replica: give each its "
-                "own `path`"
+                f"{first} and {database.path} have the same replica: give each its own `path`"
             )
-        replicas[place] = database.path
 
 
 def _logging(section: object, remarks: Remarks) -> LoggingSettings:

@@ -16,7 +16,7 @@ import yaml
 
 from walship.replica.errors import ConfigError
 
-__all__ = ["expand_text", "load_text"]
+__all__ = ["expand_text", "line_of", "load_text"]
 
 _log = logging.getLogger(__name__)
 
@@ -34,9 +34,50 @@ def load_text(text: str, variables: Mapping[str, str], *, expand: bool = True) -
     """
     try:
         loaded = _parse(text, variables if expand else {})
-        return _expand(loaded, variables, "") if expand else loaded
+        return _expand(loaded, variables, "", {}) if expand else loaded
     except RecursionError as error:
         raise ConfigError("not usable YAML: it is nested too deeply") from error
+
+
+def line_of(text: str, message: str) -> int | None:
+    """The line that a message is about: it begins with the way there, ``dbs[1]: replica: region:``.
+
+    As far as that can be followed; None if nothing of it is in the text.
+    """
+    try:
+        node = yaml.compose(text, _TextLoader)
+    except (yaml.YAMLError, RecursionError):
+        return None  # a variable held a piece of the structure
+    line: int | None = None
+    for part in message.split(": "):
+        step = _STEP.fullmatch(part)
+        for name in step["name"].split(".") if step else _UNKNOWN.findall(part):
+            found = _entry(node, name)
+            if found is None:
+                return line
+            key, node = found
+            line = key.start_mark.line + 1
+        if step and step["number"] and isinstance(node, yaml.SequenceNode):
+            node = node.value[int(step["number"]) - 1]
+            line = node.start_mark.line + 1
+    return line
+
+
+#: A piece of the way: a key, perhaps with the number of an entry in its list; or keys in keys.
+_STEP: Final = re.compile(r"(?P<name>[a-z0-9-]+(\.[a-z0-9-]+)*)(\[(?P<number>[0-9]+)\])?")
+#: How its end is named where nobody knows it.
+_UNKNOWN: Final = re.compile(r"unknown setting '([^']+)'")
+
+
+def _entry(node: yaml.Node | None, name: str) -> tuple[yaml.Node, yaml.Node] | None:
+    if not isinstance(node, yaml.MappingNode):
+        return None
+    entries: list[tuple[yaml.Node, yaml.Node]] = node.value
+    return next((each for each in entries if _plain(each[0].value) == name), None)
+
+
+def _plain(key: object) -> str:
+    return str(key).replace("_", "-")
 
 
 def expand_text(name: str, text: str, variables: Mapping[str, str]) -> str:
@@ -100,7 +141,11 @@ def _parse(text: str, variables: Mapping[str, str]) -> object:
 
 def _problem(error: yaml.YAMLError) -> str:
     """What is wrong and where, but not the offending line: there may be a secret on it."""
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"there is a character in it that YAML does not have (U+{error.character:04X})"
     problem = getattr(error, "problem", None) or "it cannot be parsed"
+    if problem.startswith("but "):
+        problem = f"{getattr(error, 'context', '')}, {problem}"
     if "'?'" in problem:
         problem += ": a URL inside { } or [ ] needs quotes"
     mark = getattr(error, "problem_mark", None)
@@ -119,7 +164,20 @@ _MUST_BE_DEFINED: Final = frozenset(
 )
 
 
-def _expand(node: object, variables: Mapping[str, str], key: str) -> object:
+def _expand(
+    node: object, variables: Mapping[str, str], key: str, known: dict[tuple[int, str], object]
+) -> object:
+    """With variables expanded in a node that stands under a key.
+
+    Args:
+        known: what was expanded already, by the node's id and the key: an anchor of anchors would
+            take for ever.
+    """
+    if isinstance(node, dict | list):
+        found = known.get((id(node), key))
+        if found is None:
+            found = known[id(node), key] = _expand_section(node, variables, key, known)
+        return found
     if isinstance(node, str):
         text = _expanded(node, variables)
         if missing := _undefined(text):
@@ -129,14 +187,20 @@ def _expand(node: object, variables: Mapping[str, str], key: str) -> object:
             whole = _VARIABLE.fullmatch(node.strip()) is not None
             _log.warning("variable-not-set key=%s name=%s", key, missing if whole else "?")
         return _UNDEFINED.sub("", text)
+    return node
+
+
+def _expand_section(
+    node: dict[object, object] | list[object],
+    variables: Mapping[str, str],
+    key: str,
+    known: dict[tuple[int, str], object],
+) -> object:
     if isinstance(node, dict):
         return {
-            name: _expand(value, variables, str(name).replace("_", "-"))
-            for name, value in node.items()
+            name: _expand(value, variables, _plain(name), known) for name, value in node.items()
         }
-    if isinstance(node, list):
-        return [_expand(value, variables, key) for value in node]
-    return node
+    return [_expand(value, variables, key, known) for value in node]
 
 
 def _expanded(text: str, variables: Mapping[str, str]) -> str:

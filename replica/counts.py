@@ -1,6 +1,6 @@
-"""What was asked of stores, counted: by this process, since it began.
+"""What was asked of stores, and what became of WALs, counted: by this process, since it began.
 
-Filled by the threads that send requests, read when somebody asks.  Knows no store.
+Filled by the threads that do it, read when somebody asks.  Knows no store and no database.
 """
 
 from __future__ import annotations
@@ -8,11 +8,19 @@ from __future__ import annotations
 import bisect
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Literal
 
-__all__ = ["BUCKETS_S", "Operation", "RequestCounts"]
+__all__ = [
+    "BUCKETS_S",
+    "CheckpointCounts",
+    "CheckpointMode",
+    "Checkpoints",
+    "Operation",
+    "RequestCounts",
+]
 
 #: Upper bounds of the classes of `Operation.durations`, seconds; the last class has none.
 BUCKETS_S: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -121,3 +129,67 @@ class RequestCounts:
     def forget(self) -> None:
         """In a forked child: nothing was counted in it, and nobody in it holds the lock."""
         self.__init__()  # type: ignore[misc]
+
+
+#: SQLite's modes, by what they do to the WAL: its pages are copied into the main file (PASSIVE), it
+#: is begun anew over the old one (RESTART), it is cut to nothing or removed (TRUNCATE).
+CheckpointMode = Literal["PASSIVE", "RESTART", "TRUNCATE"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoints:
+    """All that did the same to the WAL of one database.
+
+    Attributes:
+        mode: what was done.  A TRUNCATE checkpoint is counted where it copies pages, and again
+            where it cuts; nothing is counted where there was nothing to do.
+        attempts: how often; also those that failed.
+        errors: how often it was refused, because what the WAL holds could not be made safe first.
+        seconds: of PASSIVE, for copying; of the others, for making safe what the WAL holds.
+    """
+
+    mode: CheckpointMode
+    attempts: int = 0
+    errors: int = 0
+    seconds: float = 0.0
+
+
+class CheckpointCounts:
+    """Counts checkpoints of one database.  Thread-safe.
+
+    Args:
+        now: seconds from some start.
+    """
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.now = now
+        # Guards the dictionary, which is read without it.
+        self._lock = threading.Lock()
+        self._found: dict[CheckpointMode, Checkpoints] = {
+            mode: Checkpoints(mode=mode) for mode in ("PASSIVE", "RESTART", "TRUNCATE")
+        }
+
+    def ended(self, mode: CheckpointMode, began: float, *, failed: bool = False) -> None:
+        """What had begun at that time is done, or refused."""
+        with self._lock:
+            found = self._found[mode]
+            self._found[mode] = Checkpoints(
+                mode=mode,
+                attempts=found.attempts + 1,
+                errors=found.errors + failed,
+                seconds=found.seconds + self.now() - began,
+            )
+
+    @contextmanager
+    def timed(self, mode: CheckpointMode) -> Iterator[None]:
+        """Count what is done meanwhile; whatever it raises is a refusal."""
+        began, failed = self.now(), True
+        try:
+            yield
+            failed = False
+        finally:
+            self.ended(mode, began, failed=failed)
+
+    def all(self) -> tuple[Checkpoints, ...]:
+        """What was counted so far, by mode."""
+        return tuple(self._found.values())

@@ -20,6 +20,7 @@ from .capture import Capture
 from .clock import Clock
 from .compaction import Levels
 from .continuity import CATCHING_UP, reconcile
+from .counts import CheckpointCounts, Checkpoints
 from .election import InUseError
 from .errors import (
     ClosedError,
@@ -144,7 +145,7 @@ class Work:
         sync_errors: how often that failed.
         sync_s: seconds that it took.
         wal_bytes: bytes of the WAL that were made ready for sending.
-        checkpoints: checkpoints that connections of this process began.
+        checkpoints: what connections of this process did to the WAL, by mode.
         damaged_merges: how often segments that were to be merged turned out to be damaged.
     """
 
@@ -154,7 +155,7 @@ class Work:
     sync_errors: int
     sync_s: float
     wal_bytes: int
-    checkpoints: int
+    checkpoints: tuple[Checkpoints, ...]
     damaged_merges: int
 
 
@@ -178,6 +179,8 @@ class Engine:
         self.name = os.path.basename(self.path)
         self._host = host
         self._clock = clock = host.clock
+        #: Counted by the VFS.
+        self.checkpoints = CheckpointCounts(clock.monotonic)
         self._store = store
         self._spool = spool
         spool.max_bytes = settings.max_spool_bytes
@@ -515,10 +518,12 @@ class Engine:
                 self._admit_unanswered()
             self._has_waited = True
         if not answered:
+            is_silent = self.uploader.progress.last_error is None
             log.warning(
-                "%s: %s does not answer; commits stay in the WAL until it does",
+                "%s: %s %s; commits stay in the WAL until it does",
                 self.name,
                 self._store.url,
+                "does not answer" if is_silent else "does not take anything yet",
             )
 
     def _admit_unanswered(self) -> None:
@@ -787,7 +792,7 @@ class Engine:
             sync_errors=progress.sync_errors,
             sync_s=progress.sync_s,
             wal_bytes=self.capture.sealer.wal_bytes,
-            checkpoints=self.capture.checkpoints,
+            checkpoints=self.checkpoints.all(),
             damaged_merges=self._levels.n_damaged,
         )
 
@@ -867,6 +872,10 @@ class Engine:
             return False
         return True
 
+    def close_within(self, seconds: float) -> None:
+        """The last close waits so long for uploads, in place of ``shutdown-sync-timeout``."""
+        self.settings = replace(self.settings, shutdown_sync_timeout_s=seconds)
+
     def close(self, drained: bool) -> None:
         """Stop, and say what stays behind.  Call `leave` first.  Safe to call twice.
 
@@ -878,13 +887,14 @@ class Engine:
         self.uploader.stop()
         if not drained and self.uploader.fatal is None and self.capture.in_wal_mode:
             state = self.capture.state
+            sealed = f" ({state.pending_bytes} bytes of it sealed)" if state.pending_bytes else ""
             log.warning(
-                "%s: closed with %d sealed bytes behind txid %s that are not in %s yet; they are "
-                "shipped after the next open",
+                "%s: closed before everything was in %s: what follows txid %s%s is on this disk, "
+                "and shipped after the next open",
                 self.name,
-                state.pending_bytes,
-                format_txid(self.uploader.replicated_txid),
                 self._store.url,
+                format_txid(self.uploader.replicated_txid),
+                sealed,
             )
         self.release()
 

@@ -21,6 +21,7 @@ from .settings import ReplicaSettings
 from .spool import read_state
 from .store.opening import open_store
 from .store.retrying import RetryingStore
+from .uploader import error_of
 
 __all__ = ["Overview", "Running", "ask_running", "look_at"]
 
@@ -136,10 +137,13 @@ def look_at(
         word = "error"
         problem = failure if isinstance(failure, ReplicaError) else ConfigError(str(failure))
     else:
+        if recorded is not None and len(recorded.refusal) == 2:
+            kind, text = recorded.refusal
+            word, problem = "error", error_of(kind, f"{path}, when it was last open: {text}")
         if recorded is not None and recorded.txid:
             txid = recorded.txid
             if wal_bytes is not None:
-                word, state = "ok", "not open"
+                word, state = ("error" if problem else "ok"), "not open"
     if replica is not None:
         try:
             with closing(RetryingStore(open_store(replica.store, clock), clock)) as store:

@@ -13,12 +13,15 @@ from .sqlite import RefusedError
 __all__ = ["reset"]
 
 
-def reset(directory: Path, clock: Clock) -> int:
+def reset(directory: Path, clock: Clock, *, dry_run: bool = False) -> int:
     """Let the database whose state directory this is start anew.
 
     The next process that opens it ships a full copy behind whatever the replica holds then, unless
     that is page for page the same; nothing is deleted there.  Commits that were sealed here and not
     shipped are in the database.
+
+    Args:
+        dry_run: find out whether it can be done, and change nothing.
 
     Returns:
         The highest TXID that had been given here; 0 without a record.
@@ -27,6 +30,8 @@ def reset(directory: Path, clock: Clock) -> int:
         RefusedError: a process has the database open.
         SpoolError: the state directory cannot be written.
     """
+    if dry_run and not directory.is_dir():
+        return 0
     in_use = f"{directory} is in use: close the database in every process first"
     try:
         spool = Spool.open(directory, clock)
@@ -50,7 +55,8 @@ def reset(directory: Path, clock: Clock) -> int:
             refusal=(),
             adopt=True,
         )
-        spool.record(fresh, drop_pieces=True, drop_segments=True)
+        if not dry_run:
+            spool.record(fresh, drop_pieces=True, drop_segments=True)
         return state.txid
     finally:
         spool.close()

@@ -427,7 +427,8 @@ def _s3(values: Mapping[str, object], variables: Mapping[str, str]) -> S3Setting
     for name in ("connect-timeout", "read-timeout"):
         if values.get(name) == 0:
             raise ConfigError(f"{name}: must be above 0")
-    ca_bundle = text.get("ca-bundle") or variables.get("AWS_CA_BUNDLE")
+    trusted = (variables.get(name) for name in ("AWS_CA_BUNDLE", "SSL_CERT_FILE"))
+    ca_bundle = text.get("ca-bundle") or next(filter(None, trusted), None)
     skip_verify = bool(values.get("skip-verify", False))
     return S3Settings(
         bucket=bucket,

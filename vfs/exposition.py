@@ -15,7 +15,7 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
-from walship.replica.counts import BUCKETS_S, Operation
+from walship.replica.counts import BUCKETS_S, Checkpoints, Operation
 from walship.replica.errors import ConfigError, StoreError
 from walship.replica.sqlite import FencedError
 from walship.replica.values import parse_address
@@ -113,11 +113,13 @@ _PLAIN_COUNTERS: Final[tuple[_Row, ...]] = (
 _COUNTERS: Final[tuple[_Row, ...]] = (
     ("walship_uploads", "Segments sent.", lambda it: it.work.uploads),
     ("walship_upload_bytes", "Bytes of the segments sent.", lambda it: it.work.upload_bytes),
-    (
-        "walship_checkpoints",
-        "Checkpoints that connections of this process began.",
-        lambda it: it.work.checkpoints,
-    ),
+)
+
+#: The same by mode; what the modes mean: `replica.counts.Checkpoints`.
+_CHECKPOINTS: Final[tuple[tuple[str, str, Callable[[Checkpoints], float]], ...]] = (
+    ("litestream_checkpoint_count", "How often that was done to the WAL.", lambda it: it.attempts),
+    ("litestream_checkpoint_error_count", "How often it was refused.", lambda it: it.errors),
+    ("litestream_checkpoint_seconds", "Seconds that it took.", lambda it: it.seconds),
 )
 
 #: Name, meaning, label, its values, and which of them holds; that one is 1, the others are 0.
@@ -294,6 +296,13 @@ def families(found: Metrics) -> Iterator[Metric]:
         plain = Metric(name, meaning, "unknown")
         for path, each in databases:
             plain.add_sample(name, {"db": path}, value(each) or 0)
+        yield plain
+    for name, meaning, of_mode in _CHECKPOINTS:
+        plain = Metric(name, meaning, "unknown")
+        for path, each in databases:
+            for found_of_mode in each.work.checkpoints:
+                labels = {"db": path, "mode": found_of_mode.mode}
+                plain.add_sample(name, labels, of_mode(found_of_mode))
         yield plain
     for name, meaning, value in _COUNTERS:
         counter = CounterMetricFamily(name, meaning, labels=["db"])

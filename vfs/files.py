@@ -17,10 +17,12 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 import apsw
 
+from walship.replica.counts import CheckpointMode
 from walship.replica.engine import Engine
 from walship.replica.sqlite import RefusedError
 
@@ -30,10 +32,11 @@ __all__ = ["Interrupted", "MainFile", "WalFile", "latest_main_file"]
 
 _COMMIT_PHASETWO: Final = apsw.SQLITE_FCNTL_COMMIT_PHASETWO
 _CKPT_START: Final = apsw.SQLITE_FCNTL_CKPT_START
+_CKPT_DONE: Final = apsw.SQLITE_FCNTL_CKPT_DONE
 _HAS_MOVED: Final = apsw.SQLITE_FCNTL_HAS_MOVED
 _PRAGMA: Final = apsw.SQLITE_FCNTL_PRAGMA
 _LOCK_TIMEOUT: Final = apsw.SQLITE_FCNTL_LOCK_TIMEOUT
-_NOTICED: Final = frozenset({_CKPT_START, _HAS_MOVED, _PRAGMA})
+_NOTICED: Final = frozenset({_CKPT_START, _CKPT_DONE, _HAS_MOVED, _PRAGMA})
 _LOCK_SHARED: Final = apsw.SQLITE_LOCK_SHARED
 _LOCK_RESERVED: Final = apsw.SQLITE_LOCK_RESERVED
 _LOCK_EXCLUSIVE: Final = apsw.SQLITE_LOCK_EXCLUSIVE
@@ -108,6 +111,7 @@ class MainFile(apsw.VFSFile):
         self._synced = False
         # In a write transaction with a rollback journal.
         self._is_writing = False
+        self._copying_since = 0.0
         self._released: Callable[[MainFile], None] | None = released
         #: Whether this is the last connection of the process; the registry knows.
         self.is_last: Callable[[], bool] = lambda: False
@@ -136,7 +140,10 @@ class MainFile(apsw.VFSFile):
         if op == _PRAGMA:
             self._check_pragma(ptr)
         elif op == _CKPT_START:
+            self._copying_since = self.engine.checkpoints.now()
             self._forgive(self.engine.capture.note_checkpoint)
+        elif op == _CKPT_DONE:
+            self.engine.checkpoints.ended("PASSIVE", self._copying_since)
         elif self.is_last():
             # sqlite3_close asks whether the file has moved just before it locks, checkpoints and
             # deletes the WAL; once it has, nobody can ask the wal-index any more.
@@ -167,7 +174,8 @@ class MainFile(apsw.VFSFile):
             apsw.IOError: it must stay, because the spool cannot take what it holds.
         """
         try:
-            self.engine.gate_discard(self.read)
+            with self.engine.checkpoints.timed("TRUNCATE"):
+                self.engine.gate_discard(self.read)
         except BaseException as error:
             raise _as_io_error(error, "the write-ahead log could not be drained") from error
 
@@ -261,12 +269,17 @@ class WalFile(apsw.VFSFile):
     def xWrite(self, data: bytes, offset: int) -> None:
         try:
             if offset == 0:
-                self._engine.gate_restart(bytes(data), self._main.read)
+                with self._counted("RESTART"):
+                    self._engine.gate_restart(bytes(data), self._main.read)
             elif self._engine.refusal is not None and len(data) == _FRAME_HEADER_SIZE:
                 self._refuse_commit(data)
             _write(self, data, offset)
         except BaseException as error:
             raise _as_io_error(error, "the write-ahead log could not be written") from error
+
+    def _counted(self, mode: CheckpointMode) -> AbstractContextManager[None]:
+        """Nothing is begun anew, or cut, where there was nothing."""
+        return self._engine.checkpoints.timed(mode) if self.xFileSize() else nullcontext()
 
     def _refuse_commit(self, header: bytes) -> None:
         """Stop a transaction at its last frame, while nothing of it is published."""
@@ -277,7 +290,8 @@ class WalFile(apsw.VFSFile):
     def xTruncate(self, size: int) -> None:
         try:
             if size == 0:
-                self._engine.gate_discard(self._main.read)
+                with self._counted("TRUNCATE"):
+                    self._engine.gate_discard(self._main.read)
             _truncate(self, size)
         except BaseException as error:
             raise _as_io_error(error, "the write-ahead log could not be truncated") from error

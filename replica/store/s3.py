@@ -629,8 +629,8 @@ class S3Store:
             )
         elif not found and not self._settings.path:
             _log.info(
-                "root-form bucket=%s prefix='': nothing there yet; Litestream does not find a"
-                " replica at a bucket's top, only below a path",
+                "root-form bucket=%s prefix='': a new replica begins at the bucket's top;"
+                " Litestream would find one below a path only",
                 self._bucket,
             )
         elif found and found[0] != self._forms[0]:
@@ -745,7 +745,8 @@ class S3Store:
         return body.pieces[0] if len(body.pieces) == 1 else b"".join(body.pieces)
 
     def _what(self, action: str, key: str) -> str:
-        return f"cannot {action} {key or '(anything)'} in {self.url}"
+        what = f"{key}*" if action == "list" else key or "(anything)"
+        return f"cannot {action} {what} in {self.url}"
 
     def _refused(self, action: str, key: str, code: str, message: str, status: int) -> StoreError:
         what = self._what(action, key)
@@ -843,7 +844,9 @@ def _connect(settings: S3Settings, sent: Callable[[str], None] | None) -> _Conne
         urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
     elif settings.ca_bundle is not None:
         if not settings.ca_bundle.is_file():
-            raise ConfigError(f"ca-bundle (AWS_CA_BUNDLE): no such file: {settings.ca_bundle}")
+            raise ConfigError(
+                f"ca-bundle (or AWS_CA_BUNDLE, SSL_CERT_FILE): no such file: {settings.ca_bundle}"
+            )
         verify = str(settings.ca_bundle)
     try:
         core = get_session()

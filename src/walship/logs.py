@@ -17,7 +17,7 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Final
@@ -80,27 +80,29 @@ _FORMATTERS: Final = {"json": JSONFormatter, "text": TextFormatter, "pretty": Pr
 
 
 @contextmanager
-def logging_to(settings: LoggingSettings, *, has_results: bool = False) -> Iterator[None]:
+def logging_to(settings: LoggingSettings) -> Iterator[Callable[[LoggingSettings], None]]:
     """Have what walship says written as these settings say, and nowhere else; then as before.
 
-    Args:
-        has_results: standard output is for results, whatever the settings say.
+    Yields:
+        A function that takes other settings, for what is said from then on.
     """
-    on_stdout = not settings.stderr and not has_results
-    handler = logging.StreamHandler(sys.stdout if on_stdout else sys.stderr)
-    handler.setFormatter(_FORMATTERS[settings.type](source=settings.source))
     logger = logging.getLogger("walship")
     before = list(logger.handlers), logger.level, logger.propagate
-    logger.handlers[:] = [handler]
-    logger.setLevel(_LEVELS[settings.level])
+
+    def change(settings: LoggingSettings) -> None:
+        handler = logging.StreamHandler(sys.stderr if settings.stderr else sys.stdout)
+        handler.setFormatter(_FORMATTERS[settings.type](source=settings.source))
+        logger.handlers = [handler]  # at once, for other threads
+        logger.setLevel(_LEVELS[settings.level])
+
+    change(settings)
     logger.propagate = False
     try:
-        yield
+        yield change
     finally:
-        logger.handlers[:] = before[0]
+        logger.handlers = before[0]
         logger.setLevel(before[1])
         logger.propagate = before[2]
-        handler.close()
 
 
 def _fields(record: logging.LogRecord, source: bool) -> dict[str, str]:

@@ -61,6 +61,10 @@ def test_example_is_fit(name: str) -> None:
         ("notes.service", "KillSignal=SIGTERM", "KillSignal=SIGKILL", "KillSignal"),
         ("notes.service", "ExecStart=", "ExecStart=/bin/sh -c ", "SIGTERM"),
         ("walship.service", "WantedBy=multi-user.target", "", "WantedBy"),
+        ("walship.service", "PrivateTmp=true", "PrivateTmp=ture", "PrivateTmp=ture"),
+        ("walship.service", "RestartSec=1", "RestrtSec=1", "RestrtSec"),
+        ("Dockerfile", "COPY ", "COPPY ", "COPPY"),
+        ("Dockerfile", "WORKDIR /", "WORKDIR ", "hadolint.*WORKDIR"),
     ],
 )
 def test_what_is_unfit_is_found(name: str, old: str, new: str, message: str) -> None:

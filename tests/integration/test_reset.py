@@ -39,12 +39,18 @@ def test_an_older_volume_is_refused_and_can_be_reset(
     """Brought back from a disk snapshot it may not go on, until somebody decides that it shall."""
     _brought_back(database)
     before = database.segments()
+    assert main(["reset", "-dry-run", str(database.path)]) == 0
+    assert "would be reset" in capsys.readouterr().err
     with pytest.raises(walship.ContinuityError) as caught:
         database.connect()
     assert caught.value.replica_txid == caught.value.local_txid + 1
     for way_out in ("walship restore", "new path", "adopt=True", "walship reset"):
         assert way_out in str(caught.value)
     assert database.segments() == before
+    assert main(["status", str(database.path)]) == 6
+    found = capsys.readouterr()
+    assert " error " in found.out
+    assert "walship restore" in found.err
     assert main(["reset", str(database.path)]) == 0
     assert "was reset" in capsys.readouterr().err
     with database.opened() as connection:

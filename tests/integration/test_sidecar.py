@@ -14,12 +14,17 @@ import apsw
 import pytest
 
 import walship
-from support.databases import dump
+from support.databases import Stores, dump
 from support.sidecars import create, execute, replicating, wait_until, writer
+from walship.cli import main
 from walship.replica.config import database_settings
+from walship.replica.engine import Engine
+from walship.replica.errors import ContinuityError
 from walship.sidecar.control import ControlError, call
 from walship.sidecar.database import Sidecar
+from walship.sidecar.program import once
 from walship.sidecar.service import Service
+from walship.sidecar.worker import Worker
 
 #: What is said when a full copy, or a comparison of all pages, was needed.
 _BROKEN = ("full copy", "resync", "changed while", "lost", "foreign")
@@ -73,7 +78,7 @@ def test_the_wal_stays_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
                 sidecar.poll()
                 longest = max(longest, os.stat(f"{path}-wal").st_size)
         plain.close()
-        assert sidecar.drain()
+        assert sidecar.drain(20)
         status = sidecar.engine.status()
         assert status.replicated_txid == status.txid
     finally:
@@ -106,7 +111,7 @@ def test_nobody_else_can_restart_the_wal(tmp_path: Path) -> None:
                 if n == 1:
                     sidecar.poll()
         plain.close()
-        assert sidecar.drain()
+        assert sidecar.drain(20)
     finally:
         sidecar.close()
     _assert_same(path, tmp_path / "replica")
@@ -262,8 +267,10 @@ def test_directories_and_reloading(tmp_path: Path) -> None:
         create(directory / "two.db")
         running.wait_for("full copy as txid", 2)
         alone = f"  - path: {tmp_path}/alone.db\n    replica: {{path: {tmp_path}/alone-replica}}\n"
-        config.write_text("dbs:\n" + alone)
+        config.write_text("logging: {type: json}\nexec: date\ndbs:\n" + alone)
         os.kill(running.pid, signal.SIGHUP)
+        running.wait_for('"msg": "the configuration was read again"')
+        assert "exec: what was changed there takes effect at the next start" in running.said()
         running.wait_for("full copy as txid", 3)
         running.wait_for("not replicated any more", 2)
         config.write_text("dbs: 5\n")
@@ -327,6 +334,10 @@ def test_the_control_socket(tmp_path: Path) -> None:
         code, said = walship_command("sync", "-wait", other)
         assert (code, "stopped" in said) == (1, True)
         assert "started" in walship_command("start", other)[1]
+        assert "would_be_unregistered" in walship_command("unregister", "-dry-run", other)[1]
+        code, said = walship_command("unregister", "-dry-run", "-json", tmp_path / "no.db")
+        assert json.loads(said)["status"] == "already_unregistered"
+        assert len(call(socket, "GET", "/list", None, 9)["databases"]) == 2
         assert "unregistered" in walship_command("unregister", other)[1]
         assert "already_unregistered" in walship_command("unregister", other)[1]
         assert "[replicating]" in walship_command("list")[1]
@@ -374,6 +385,85 @@ def test_trouble_ends_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (worker.state, worker.error) == ("replicating", None)
     assert service.close()
     _assert_same(path, replica)
+
+
+def _one(path: Path, replica: Path, **settings: object) -> Service:
+    """A service for one database, whose first copy has arrived."""
+    service = Service()
+    service.set([database_settings(path, str(replica), sync_interval=0.0, **settings)])
+    (worker,) = service.workers()
+    assert worker.wait_opened(30)
+    worker.sidecar().sync(20)
+    return service
+
+
+def test_the_last_uploads_have_one_time_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """shutdown-sync-timeout is for all that is waited for, or whoever stops it would kill it."""
+    stores = Stores(monkeypatch)
+    path = tmp_path / "app.db"
+    create(path)
+    service = _one(path, tmp_path / "replica", shutdown_sync_timeout=0.5)
+    stores.block()
+    execute(path, "INSERT INTO rows VALUES ('a', 1, NULL)")
+    limits: list[float] = []
+    drain = Engine.drain
+    monkeypatch.setattr(
+        Engine, "drain", lambda self, timeout: (limits.append(timeout), drain(self, timeout))[1]
+    )
+    assert not service.close()
+    stores.release()
+    assert 0.0 < limits[0] <= 0.5
+    assert sum(limits) <= 0.5
+    assert len(limits) == 2
+
+
+def test_the_last_uploads_in_one_attempt(tmp_path: Path) -> None:
+    """shutdown-sync-timeout: 0 is one attempt, as with Litestream, and not none."""
+    path = tmp_path / "app.db"
+    create(path)
+    service = _one(path, tmp_path / "replica", shutdown_sync_timeout=0)
+    execute(path, "INSERT INTO rows VALUES ('a', 1, NULL)")
+    assert service.close()
+    _assert_same(path, tmp_path / "replica")
+
+
+def test_once_does_not_wait_for_a_person(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """-once, with nothing but trouble, ends with it, and does not take five minutes."""
+    monkeypatch.setattr("walship.sidecar.program._TROUBLE_S", 0.5)
+    path, replica = tmp_path / "app.db", tmp_path / "replica"
+    create(path)
+    replica.write_text("a file where the directory should be")
+    database = database_settings(path, str(replica), open_timeout=0, shutdown_sync_timeout=0)
+    assert once(Service(), [database], snapshot=False, tend=False) == 1
+
+
+def test_refusals_are_tried_again_less_and_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What takes a person to mend costs few requests meanwhile, and goes on once it is mended."""
+    path, other, replica = tmp_path / "app.db", tmp_path / "other.db", tmp_path / "replica"
+    for each in (path, other):
+        create(each)
+    assert _one(path, replica).close()
+    execute(other, "INSERT INTO rows VALUES ('other', 1, NULL)")
+    pauses: list[float] = []
+    refused_s = Worker._refused_s
+    monkeypatch.setattr(
+        Worker, "_refused_s", lambda self: (pauses.append(refused_s(self)), 0.05)[1]
+    )
+    service = Service()
+    service.set([database_settings(other, str(replica), sync_interval=0.0)])
+    (worker,) = service.workers()
+    wait_until(lambda: len(pauses) >= 5, lambda: worker.state)
+    assert pauses[:5] == [10, 20, 40, 60, 60]
+    assert isinstance(worker.error, ContinuityError)
+    wait_until(lambda: main(["reset", str(other)]) == 0, lambda: worker.state)
+    wait_until(lambda: worker.state == "replicating", lambda: str(worker.error))
+    assert worker.sidecar().sync(20) > 1
+    assert service.close()
+    _assert_same(other, replica)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ def cli_reference() -> str:
         parts.append(_table(command))
         if text.strip():
             parts.append(_prose(text))
-    codes_rows = re.findall(r"^  (\d+) +(.*)$", codes, re.MULTILINE)
+    whole = re.sub(r"\n {3,}", " ", codes)  # a meaning may go on in the next line
+    codes_rows = re.findall(r"^  (\d+) +(.*)$", whole, re.MULTILINE)
     parts.append("## Exit codes\n\n| code | meaning |\n|---|---|")
     for code, meaning in codes_rows:
         parts[-1] += f"\n| {code} | {_cell(meaning)} |"

@@ -6,6 +6,7 @@ Each function raises `Unfit`, with what is wrong, or returns.
 from __future__ import annotations
 
 import json
+import platform
 import re
 import shlex
 import shutil
@@ -47,6 +48,10 @@ VARIABLES: Final = {
 }
 #: How long a database needs to be closed: what runs it must not be killed earlier.
 CLOSING_S: Final = DatabaseSettings.shutdown_sync_timeout_s
+_INSTRUCTIONS: Final = (
+    *("ADD", "ARG", "CMD", "COPY", "ENTRYPOINT", "ENV", "EXPOSE", "FROM", "HEALTHCHECK", "LABEL"),
+    *("ONBUILD", "RUN", "SHELL", "STOPSIGNAL", "USER", "VOLUME", "WORKDIR"),
+)
 _SHELLS: Final = {"sh", "bash", "dash", "/bin/sh", "/bin/bash", "/usr/bin/env"}
 
 
@@ -154,17 +159,14 @@ def check_dockerfile(text: str) -> None:
     _require(any(word == "VOLUME" for word, _ in found), "there is no VOLUME for the database")
     signals = {rest for word, rest in found if word == "STOPSIGNAL"}
     _require(signals <= {"SIGTERM"}, "another signal than SIGTERM stops it")
-    hadolint = _tool("hadolint")
-    if hadolint is not None:
-        done = subprocess.run(
-            [hadolint, "--no-color", "-"],
-            input=text,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        _require(done.returncode == 0, f"hadolint: {done.stdout}{done.stderr}")
+    unknown = {word for word, _ in found}.difference(_INSTRUCTIONS)
+    _require(not unknown, f"no instructions: {', '.join(sorted(unknown))}")
+    _require(found[0][0] in ("ARG", "FROM"), "it does not begin with FROM")
+    hadolint = Path(sys.executable).with_name("hadolint")
+    if not hadolint.exists() and (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        return  # there is none to install; these checks are made elsewhere
+    said = _output_of([str(hadolint), "--no-color", "-"], given=text)
+    _require(not said, f"hadolint: {said}")
 
 
 def _unit(text: str) -> dict[str, dict[str, list[str]]]:
@@ -192,7 +194,7 @@ def command_of_unit(text: str) -> tuple[list[str], dict[str, str]]:
 
 
 def check_unit(text: str) -> None:
-    """A service that gets SIGTERM, and time to close its databases; systemd finds no fault."""
+    """A service that gets SIGTERM, and time to close its databases; its settings are systemd's."""
     words, _ = command_of_unit(text)
     unit = _unit(text)
     service = unit["Service"]
@@ -201,23 +203,23 @@ def check_unit(text: str) -> None:
     _require(seconds.isdigit(), "TimeoutStopSec is expected in seconds")
     _require(int(seconds) > CLOSING_S, f"TimeoutStopSec has to be longer than {CLOSING_S:.0f} s")
     _require("WantedBy" in unit.get("Install", {}), "nothing starts it: WantedBy is missing")
-    analyze = shutil.which("systemd-analyze")
-    if analyze is not None:
-        with tempfile.TemporaryDirectory() as directory:
-            file = Path(directory) / "checked.service"
-            # It wants the program to be there, and its user.
-            known = text.replace(words[0], sys.executable)
-            known = re.sub(r"^(User|Group)=.*$", r"\1=root", known, flags=re.MULTILINE)
-            file.write_text(known, encoding="utf-8")
-            done = subprocess.run(
-                [analyze, "verify", "--man=no", "--generators=no", str(file)],
-                capture_output=True,
-                text=True,
-                timeout=60,
-                check=False,
-            )
-        said = [line for line in done.stderr.splitlines() if "checked.service" in line]
-        _require(not said, "systemd-analyze: " + "; ".join(said))
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "checked.service"
+        file.write_text(text, encoding="utf-8")
+        said = _output_of([sys.executable, "-m", "systemdlint", "--norootfs", str(file)])
+        # Whether to hand on control groups is a matter of taste.
+        faults = [line for line in said.splitlines() if line.strip() and "[Security." not in line]
+        _require(not faults, "systemdlint: " + "; ".join(faults))
+        analyze = shutil.which("systemd-analyze")
+        if analyze is None:
+            return  # it comes with systemd, and only there
+        # It wants the program to be there, and its user.
+        known = text.replace(words[0], sys.executable)
+        known = re.sub(r"^(User|Group)=.*$", r"\1=root", known, flags=re.MULTILINE)
+        file.write_text(known, encoding="utf-8")
+        said = _output_of([analyze, "verify", "--man=no", "--generators=no", str(file)])
+    faults = [line for line in said.splitlines() if "checked.service" in line]
+    _require(not faults, "systemd-analyze: " + "; ".join(faults))
 
 
 def check_fly(text: str) -> None:
@@ -275,6 +277,12 @@ def _check_schema(found: dict[str, Any]) -> None:
         raise Unfit(f"{found.get('kind')}: {error.message}") from error
 
 
-def _tool(name: str) -> str | None:
-    beside = Path(sys.executable).parent / name
-    return str(beside) if beside.exists() else shutil.which(name)
+def _output_of(command: list[str], given: str = "") -> str:
+    """All that a program writes about what it is given."""
+    try:
+        done = subprocess.run(
+            command, input=given, capture_output=True, text=True, timeout=60, check=False
+        )
+    except FileNotFoundError as error:
+        raise Unfit(f"{command[0]} is missing: make dev installs it") from error
+    return f"{done.stdout}{done.stderr}".strip()

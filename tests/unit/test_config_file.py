@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import traceback
 from collections.abc import Callable
@@ -455,8 +456,12 @@ def test_logging_section(load: Load) -> None:
     ("text", "says"),
     [
         ("dbs: {path: /a.db}", "dbs: a list"),
-        ("dbs:\n  - /a.db", "settings are expected"),
-        ("- a", "settings are expected"),
+        ("dbs:\n  - /a.db", r"dbs\[1\]: `path: ` is missing"),
+        ("dbs:\n  - 5: 6", r"dbs\[1\]: path is missing"),
+        ("- a", "write `dbs:` before it"),
+        ("a", "settings are expected"),
+        ("a: b\0", r"U\+0000"),
+        ("a: b\n---\na: c", "single document"),
         ("dbs:\n  - replica: s3://b", r"dbs\[1\]: path is missing"),
         ("dbs:\n  - path: /a.db", r"dbs\[1\]: replica is missing"),
         ("dbs:\n  - {path: /a.db, replica: s3://b, replicas: [s3://c]}", "both given"),
@@ -513,6 +518,60 @@ def test_refusals(load: Load, text: str, says: str) -> None:
         load(text)
     assert "walship.yml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+FILE = """\
+addr: :9090
+logging:
+  level: info
+dbs:
+  - path: /a.db
+    shutdown_sync_timeout: 5s
+    replica:
+      bucket: b
+      secret-access-key: tsec_SECRET
+      access-key-id: tid
+  - path: /b.db
+    replica: s3://b/b
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        (":9090", "nine", 1),
+        ("level: info", "level: loud", 3),
+        ("dbs:", "dbs: 5 #", None),
+        ("/b.db", "/a.db", 11),
+        ("s3://b/b", "s3://b", 11),
+        ("s3://b/b", "s3://b/b?reggion=x", 12),
+        ("5s", "-5s", 6),
+        ("5s", "5 parsecs", 6),
+        ("bucket: b", "bucket: [b]", 8),
+        ("access-key-id: tid", "endpoint: https://me:tsec_SECRET@host", 10),
+        ("access-key-id: tid", "region: eu", 7),
+        ("access-key-id: tid", "reggion: eu", 10),
+        ("tsec_SECRET", "[tsec_SECRET]", 9),
+        ("tsec_SECRET", "'tsec_SECRET", 13),
+    ],
+)
+def test_errors_name_the_line(load: Load, old: str, new: str, line: int | None) -> None:
+    """Each says where in the file it is, and shows no secret."""
+    assert len(load(FILE, strict=True).databases) == 2
+    with pytest.raises(ConfigError) as caught:
+        load(FILE.replace(old, new, 1), strict=True)
+    if line is not None:
+        assert str(caught.value).endswith(f"(line {line})")
+    assert "SECRET" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_anchors_of_anchors(load: Load) -> None:
+    """A text that would become enormous is read in no time, and keys of one's own hold anchors."""
+    names = "abcdefghij"
+    rows = ["x-a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    for before, name in itertools.pairwise(names):
+        rows.append(f"x-{name}: &{name} [{', '.join(['*' + before] * 10)}]")
+    assert load("\n".join([*rows, FILE]), strict=True).databases == load(FILE).databases
 
 
 def test_yaml_errors_do_not_show_the_line(load: Load) -> None:

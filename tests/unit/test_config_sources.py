@@ -206,6 +206,9 @@ def test_every_s3_setting(name: str, value: str, attribute: str, expected: objec
 def test_ca_bundle_variable() -> None:
     """AWS_CA_BUNDLE is the file of certificates, unless they are not checked at all."""
     assert s3("s3://b", {"AWS_CA_BUNDLE": "/ca.pem"}).ca_bundle == Path("/ca.pem")
+    system = {"SSL_CERT_FILE": "/system.pem"}
+    assert s3("s3://b", system).ca_bundle == Path("/system.pem")
+    assert s3("s3://b", {**system, "AWS_CA_BUNDLE": "/ca.pem"}).ca_bundle == Path("/ca.pem")
     assert s3("s3://b?skip-verify=true", {"AWS_CA_BUNDLE": "/ca.pem"}).ca_bundle is None
 
 

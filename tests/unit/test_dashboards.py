@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from support.promql import Samples
-from walship.replica.counts import Operation
+from walship.replica.counts import CheckpointCounts, Operation
 from walship.replica.engine import Status, Work
 from walship.replica.errors import StoreUnavailable
 from walship.replica.levels import L0Files
@@ -53,7 +53,7 @@ IDLE = DatabaseMetrics(
         sync_errors=0,
         sync_s=0.1,
         wal_bytes=4152,
-        checkpoints=0,
+        checkpoints=CheckpointCounts(lambda: 0.0).all(),
         damaged_merges=0,
     ),
     l0_files=L0Files(eligible=0, not_compacted=1, too_recent=2),
@@ -218,6 +218,8 @@ def test_the_dashboard_asks_for_what_there_is() -> None:
         named.update(metrics)
     assert {name for name in labels if "replica_info" not in name} - named <= {
         "litestream_sync_count",
+        "litestream_checkpoint_error_count",
+        "litestream_checkpoint_seconds",
         "litestream_replica_operation_bytes",
         "litestream_replica_operation_duration_seconds_count",
         "litestream_replica_operation_duration_seconds_sum",

@@ -118,15 +118,17 @@ def test_level(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(lines(capsys, LoggingSettings(level="error"), _say)) == 1
 
 
-def test_results_have_standard_output_for_themselves(capsys: pytest.CaptureFixture[str]) -> None:
-    """``stderr: false`` logs to standard output, unless results go there."""
-    settings = LoggingSettings(type="json", stderr=False)
-    with logging_to(settings):
-        logging.getLogger("walship").info("a")
-    with logging_to(settings, has_results=True):
-        logging.getLogger("walship").info("b")
+def test_changed_meanwhile(capsys: pytest.CaptureFixture[str]) -> None:
+    """Other settings hold for what is said from then on: stream, form and level."""
+    logger = logging.getLogger("walship")
+    with logging_to(LoggingSettings(type="json", stderr=False)) as change:
+        logger.info("a")
+        change(LoggingSettings(type="pretty", level="warn"))
+        logger.info("b")
+        logger.warning("c")
     out, err = capsys.readouterr()
-    assert (json.loads(out)["msg"], json.loads(err)["msg"]) == ("a", "b")
+    assert json.loads(out)["msg"] == "a"
+    assert re.fullmatch(r"[\d:.]{12} WARN  c\n", err)
 
 
 def test_everything_is_as_before_afterwards(capsys: pytest.CaptureFixture[str]) -> None:

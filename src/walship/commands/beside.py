@@ -23,6 +23,7 @@ from walship.replica.errors import (
 from walship.replica.format.types import format_txid
 from walship.replica.settings import database_path
 from walship.sidecar.commands import control, replicate, socket_of
+from walship.vfs.registry import canonical
 
 __all__ = ["run_control", "run_replicate"]
 
@@ -62,7 +63,10 @@ def run_replicate(arguments: argparse.Namespace, clock: Clock) -> int:
 def run_control(arguments: argparse.Namespace, clock: Clock) -> int:
     loaded = None if arguments.socket is not None else load(arguments)
     socket = socket_of(arguments.socket, None if loaded is None else loaded[0])
-    fields: dict[str, object] = {"path": str(database_path(arguments.database))}
+    path = str(database_path(arguments.database))
+    if arguments.command == "unregister" and arguments.dry_run:
+        return _would_unregister(arguments, socket, path)
+    fields: dict[str, object] = {"path": path}
     if arguments.command == "register":
         fields["replica_url"] = arguments.replica
     if arguments.command == "sync":
@@ -73,6 +77,20 @@ def run_control(arguments: argparse.Namespace, clock: Clock) -> int:
         return EXIT_OK
     txids = [f"{name} {format_txid(answer[name])}" for name in _TXIDS if name in answer]
     print(", ".join([f"{answer['path']}: {answer['status']}", *txids]))
+    return EXIT_OK
+
+
+def _would_unregister(arguments: argparse.Namespace, socket: str, path: str) -> int:
+    """Unregister -dry-run: the answer that a request would get, without one."""
+    listed = control(socket, "list", arguments.timeout)["databases"]
+    row = next((row for row in listed if row["path"] == canonical(path)), None)
+    status = "already_unregistered" if row is None else "would_be_unregistered"
+    answer = {"status": status, "path": path, "txid": (row or {}).get("txid", 0)}
+    if arguments.json:
+        print_json(answer)
+    else:
+        after = "" if row is None else f", after txid {format_txid(answer['txid'])} is shipped"
+        print(f"{path}: {status}{after}; nothing was changed")
     return EXIT_OK
 
 

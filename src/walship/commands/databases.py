@@ -162,11 +162,10 @@ def run_reset(arguments: argparse.Namespace, clock: Clock) -> int:
     for path, directory, _ in _chosen(arguments):
         if not path.exists():
             raise ConfigError(f"there is no database {path}")
-        txid = reset(directory, clock)
-        before = f" (its record ended at TXID {format_txid(txid)})" if txid else ""
-        say(
-            f"{path} was reset{before}: the next open ships a full copy as its replica's next state"
-        )
+        txid = reset(directory, clock, dry_run=arguments.dry_run)
+        done = "would be reset" if arguments.dry_run else "was reset"
+        before = f" (its record ends at TXID {format_txid(txid)})" if txid else ""
+        say(f"{path} {done}{before}: the next open ships a full copy as its replica's next state")
     return EXIT_OK
 
 

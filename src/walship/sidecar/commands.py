@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+from walship import __version__
 from walship.logs import logging_to
 from walship.replica.config_file import Settings
 from walship.replica.errors import ConfigError
@@ -19,6 +21,8 @@ from .program import Listing, once, run
 from .service import Service
 
 __all__ = ["control", "replicate", "socket_of"]
+
+log = logging.getLogger("walship.sidecar")
 
 
 def replicate(
@@ -58,14 +62,27 @@ def replicate(
     def reload() -> Listing:
         fresh = read()
         listing = _listing(fresh)
+        change_logging(fresh.logging)
         services.configure(fresh)
+        for name in ("exec", "socket"):
+            if getattr(fresh, name) != getattr(settings, name):
+                log.warning("%s: what was changed there takes effect at the next start", name)
         return listing
 
-    with logging_to(settings.logging):
+    with logging_to(settings.logging) as change_logging:
+        log.info("walship %s begins: %s", __version__, _in_words(settings))
         if only_once:
             return once(service, settings.all_databases(), snapshot=snapshot, tend=tend)
         with _observed(service, settings), _controlled(service, settings):
             return run(service, _listing(settings), reload, command or settings.exec)
+
+
+def _in_words(settings: Settings) -> str:
+    counted = {
+        "database(s)": len(settings.databases),
+        "directory entry(s)": len(settings.directories),
+    }
+    return ", ".join(f"{number} {what}" for what, number in counted.items() if number)
 
 
 @contextmanager

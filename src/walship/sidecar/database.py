@@ -39,6 +39,9 @@ _LOCK_WAIT_S: Final = 1.0
 _HOLD_S: Final = 0.2
 #: Pause after an unexpected error, seconds.
 _TROUBLE_S: Final = 2.0
+#: How long a single attempt at the last sync may take, and how often it is looked at, seconds.
+_ATTEMPT_S: Final = 30.0
+_LOOK_S: Final = 0.05
 
 
 class Sidecar:
@@ -123,13 +126,33 @@ class Sidecar:
         """As `walship.Replication.sync`."""
         return self._engine.sync(timeout)
 
-    def drain(self) -> bool:
-        """Ship what is there, for at most ``shutdown-sync-timeout``; False if something stayed."""
-        self._engine.uploader.ring()
-        return self._engine.drain(self._engine.settings.shutdown_sync_timeout_s)
+    def drain(self, timeout: float) -> bool:
+        """Ship what is there.
 
-    def close(self) -> None:
-        """Let go of the database."""
+        Args:
+            timeout: seconds; 0 for one attempt.
+
+        Returns:
+            False if something stayed.
+        """
+        self._engine.uploader.ring()
+        if timeout > 0:
+            return self._engine.drain(timeout)
+        deadline = self._clock.monotonic() + _ATTEMPT_S
+        while not self._engine.drain(_LOOK_S):
+            failed = self._engine.uploader.progress.last_error is not None
+            if failed or self._clock.monotonic() >= deadline:
+                return False
+        return True
+
+    def close(self, timeout: float | None = None) -> None:
+        """Let go of the database.
+
+        Args:
+            timeout: how long to wait for uploads at most, seconds; None: ``shutdown-sync-timeout``.
+        """
+        if timeout is not None:
+            self._engine.close_within(timeout)
         self._hold.end()
         self._copier.close(True)
         self._writer.close(True)

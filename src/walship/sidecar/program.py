@@ -18,9 +18,12 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Final
 
+from walship.replica.clock import SystemClock
 from walship.replica.errors import ConfigError, ReplicaError
 from walship.replica.settings import DatabaseSettings
+from walship.replica.sqlite import NotYetReplicated
 
+from .database import Sidecar
 from .service import Service
 from .worker import Worker
 
@@ -30,8 +33,13 @@ log = logging.getLogger("walship.sidecar")
 
 #: How often directories are looked through for databases, seconds.
 _SCAN_S: Final = 5.0
-#: How long `once` waits for each step of one database, seconds.
+#: How long `once` waits for each step of one database, seconds; for the sync, how long there may be
+#: nothing but trouble, and how often that is looked at.
 _ONCE_S: Final = 300.0
+_TROUBLE_S: Final = 30.0
+_LOOK_S: Final = 0.5
+
+_clock: Final = SystemClock()
 
 #: Which databases there are now; read again for each call.
 Listing = Callable[[], list[DatabaseSettings]]
@@ -105,7 +113,9 @@ def run(
             child.end(signals.ending)
         log.info("ending: shipping what is there")
         drained = service.close()
-    if not drained:
+    if drained:
+        log.info("ended: everything is in its replica")
+    else:
         log.error("ended before everything was in its replica; the rest goes out after a new start")
     code = child.code if child is not None and child.code is not None else 0
     return code or (0 if drained else 1)
@@ -134,7 +144,7 @@ def once(service: Service, databases: list[DatabaseSettings], *, snapshot: bool,
 def _sync(worker: Worker, *, tend: bool, snapshot: bool) -> bool:
     try:
         sidecar = worker.sidecar()
-        txid = sidecar.sync(_ONCE_S)
+        txid = _sync_patiently(sidecar)
         if tend:
             newest = sidecar.engine.tend(snapshot=snapshot, timeout=_ONCE_S)
             log.info("%s: newest snapshot: txid %016x", worker.path, newest)
@@ -143,6 +153,24 @@ def _sync(worker: Worker, *, tend: bool, snapshot: bool) -> bool:
         return False
     log.info("%s: in its replica, txid %016x", worker.path, txid)
     return True
+
+
+def _sync_patiently(sidecar: Sidecar) -> int:
+    """Have everything shipped; as long as it takes, but not if there is only trouble.
+
+    Raises:
+        ReplicaError: it cannot be done.
+    """
+    since = _clock.monotonic()
+    while True:
+        try:
+            return sidecar.sync(_LOOK_S)
+        except NotYetReplicated as error:
+            now = _clock.monotonic()
+            if sidecar.engine.uploader.progress.last_error is None:
+                since = now
+            elif now - since >= _TROUBLE_S:
+                raise sidecar.engine.not_yet(now - since) from error
 
 
 def _wait_opened(service: Service) -> None:

@@ -12,8 +12,9 @@ from typing import Final, Literal
 
 import apsw
 
+from walship.replica.clock import SystemClock
 from walship.replica.engine import restore_if_missing
-from walship.replica.errors import ClosedError, ReplicaError
+from walship.replica.errors import ClosedError, ConfigError, ContinuityError, ReplicaError
 from walship.replica.settings import DatabaseSettings
 from walship.replica.sqlite import FencedError, RefusedError
 
@@ -25,6 +26,8 @@ log = logging.getLogger("walship.sidecar")
 
 WorkerState = Literal["opening", "waiting", "replicating", "failed", "stopped"]
 
+_clock: Final = SystemClock()
+
 #: Pauses between two looks at a database, seconds: a tenth of its sync interval, within these.
 _POLL_S: Final = (0.01, 0.1)
 #: The same once nothing has happened for a number of looks.
@@ -32,8 +35,12 @@ _IDLE_POLL_S: Final = 0.5
 _IDLE_POLLS: Final = 20
 #: Pause before a database that is not there, or cannot be opened yet, is looked for again, seconds.
 _RETRY_S: Final = 1.0
-#: The same after a refusal, which takes a person to end it, seconds.
+#: The same after a refusal, which takes a person to end it: pauses double from the first to the
+#: second, seconds.  Each attempt costs some requests, and a line in the log.
 _REFUSED_S: Final = 10.0
+_REFUSED_LONGEST_S: Final = 60.0
+#: Time that the last uploads get at least, however long opening took, seconds.
+_LEAST_S: Final = 0.1
 
 
 class Worker:
@@ -49,12 +56,15 @@ class Worker:
         self.path = str(settings.path)
         self._restore_missing = restore_missing
         self._stopping = threading.Event()
+        # By when the last uploads must have ended, once it is told to stop; set before that event.
+        self._deadline: float | None = None
         # Guards the fields below, and says when one of them changes.
         self._changed = threading.Condition()
         self._state: WorkerState = "opening"
         self._sidecar: Sidecar | None = None
         self._error: Exception | None = None
         self._drained = True
+        self._refusals = 0  # in a row
         low, high = _POLL_S
         assert settings.replica is not None
         self._poll_s = min(high, max(low, settings.replica.sync_interval_s / 10))
@@ -94,7 +104,10 @@ class Worker:
             return self._sidecar
 
     def stop(self) -> None:
-        """Ask it to ship what is there and to let go of the database; returns at once."""
+        """Ask it to ship what is there, within ``shutdown-sync-timeout`` from now, and to let go of
+        the database; returns at once."""
+        if self._deadline is None:
+            self._deadline = _clock.monotonic() + self.settings.shutdown_sync_timeout_s
         self._stopping.set()
 
     def join(self, timeout: float | None = None) -> bool:
@@ -125,22 +138,29 @@ class Worker:
                 return _RETRY_S
             sidecar = Sidecar(self.settings)
             self._become("replicating", None, sidecar)
+            self._refusals = 0
+            if not sidecar.engine.uploader.leads:
+                log.info("%s: another process uploads it; this one stands by", self.path)
             try:
                 return self._watch(sidecar)
             finally:
                 with self._changed:
                     self._sidecar = None
-                sidecar.close()
-        except (FencedError, RefusedError) as error:
+                sidecar.close(self._left_s())
+        except (ConfigError, ContinuityError, FencedError, RefusedError) as error:
             self._become("failed", error)
-            return _REFUSED_S
+            return self._refused_s()
         except (ReplicaError, apsw.Error, OSError) as error:
             self._become("failed", error)
             return _RETRY_S
         except Exception as error:
             log.exception("%s: unexpected error", self.path)
             self._become("failed", error)
-            return _REFUSED_S
+            return self._refused_s()
+
+    def _refused_s(self) -> float:
+        self._refusals += 1
+        return min(_REFUSED_LONGEST_S, _REFUSED_S * 2.0 ** min(self._refusals - 1, 10))
 
     def _is_there(self) -> bool:
         path = Path(self.path)
@@ -156,13 +176,21 @@ class Worker:
             quiet = 0 if sidecar.poll() else quiet + 1
             if sidecar.fatal is not None:
                 self._become("failed", sidecar.fatal, told=True)
-                return _REFUSED_S
+                return self._refused_s()
             if sidecar.is_replaced:
                 log.warning("%s is another file now: beginning anew", self.path)
                 self._become("opening", None)
                 return 0.0
-        self._drained = sidecar.drain()
+        # 0 stands for one attempt; that nothing is left does not.
+        is_timed = self.settings.shutdown_sync_timeout_s > 0
+        self._drained = sidecar.drain(max(_LEAST_S, self._left_s() or 0.0) if is_timed else 0.0)
         return 0.0
+
+    def _left_s(self) -> float | None:
+        """What is left of the time for the last uploads, seconds; None while not told to stop."""
+        if self._deadline is None:
+            return None
+        return max(0.0, self._deadline - _clock.monotonic())
 
     def _become(
         self,
