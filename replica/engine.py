@@ -575,6 +575,8 @@ class Engine:
                     self.uploader.merge_soon()
                 return
             except SpoolError as error:
+                if policy != "resync" and self.refusal is not None:
+                    raise self.refusal from error  # nothing will make room in the spool any more
                 if policy == "block" and self._clock.monotonic() < deadline:
                     self._clock.sleep(0.05)
                     continue

@@ -20,8 +20,9 @@ the lease over waits until the youngest sign of life is older than the whole lea
 own clock, looks again after the swap, and only then decides where the history ends.  So a writer
 that slept finds its proofs too old, and its renewal fails: what it sent meanwhile was never
 acknowledged.  Where it rests on what the replica holds it stays, whoever sees it first goes on from
-it; where it does not, nobody ever counts it (`listing`), and the new writer's takes its place.  Nor
-is anything sent on a proof older than the lease.
+it, and so does the new writer if it comes between two of its own: with all pages of which it says
+something else (`uploader`).  Where it does not, nobody ever counts it (`listing`), and the new
+writer's takes its place.  Nor is anything sent on a proof older than the lease.
 
 The state directory that took a lease takes it again at once, for instance after SIGKILL: the record
 lock on it tells that nobody else uses it.  So does anybody who can see that the process which held
@@ -216,6 +217,7 @@ class Fence:
         self._lease: Lease | None = None
         self._etag = ""
         self._proof = float("-inf")
+        self._outlasted = False
 
     # -- what holds now -----------------------------------------------------------------------
 
@@ -261,7 +263,9 @@ class Fence:
             version = self._read()
             held = parse_lease(version.body) if version is not None else None
             owner, silent_s, left_s = "", 0.0, 0.0
-            if version is not None and not self._is_free(held):
+            is_held = version is not None and not self._is_free(held)
+            if is_held:
+                assert version is not None
                 # Whatever it is that cannot be read: somebody wrote it.
                 owner = held.owner if held is not None else "another writer"
                 if not self._store.logical_times:
@@ -269,7 +273,7 @@ class Fence:
                 silent_s = self._silent(version, tail)
                 left_s = self._lease_of(held) + _ROUNDING_S - silent_s
             if left_s <= 0:
-                if self._take(version, held, tail):
+                if self._take(version, held, tail, outlasted=is_held and held is not None):
                     return
                 races += 1
                 if races < _RACES:
@@ -326,8 +330,14 @@ class Fence:
         first = max_txid - IN_FLIGHT_MAX
         return _Tail(max_txid, newest_ms, tuple(s for s in last if s.max_txid > first))
 
-    def _take(self, version: Version | None, held: Lease | None, tail: _Tail | None) -> bool:
-        """Swap the lease for one of ours; False if somebody else was faster."""
+    def _take(
+        self, version: Version | None, held: Lease | None, tail: _Tail | None, *, outlasted: bool
+    ) -> bool:
+        """Swap the lease for one of ours; False if somebody else was faster.
+
+        Args:
+            outlasted: whether it has run out, and is not taken before its time.
+        """
         generation = (held.generation if held is not None else 0) + 1
         known = self._memory.nonces()
         ours = held is not None and held.nonce in known
@@ -363,6 +373,7 @@ class Fence:
             return True
         with self._lock:
             self._hold(lease, info.etag or "", began)
+            self._outlasted = outlasted
         if held is not None and not self._is_free(held):
             log.warning(
                 "%s taken over from %s, whose lease had run out", self._store.url, held.owner
@@ -461,6 +472,21 @@ class Fence:
         """
         if not self.holds():
             self.renew()
+
+    def has_outlasted(self) -> bool:
+        """Whether no other writer can acknowledge anything any more that arrives from now on.
+
+        That holds while the lease is ours, if we waited until it had run out: then nobody's proof
+        was young enough when we took it, and nobody's renewal can succeed.  Not if it was taken
+        before its time, for instance by a copy of the state directory that held it.
+
+        Raises:
+            FencedError, StoreError: as `renew`.
+        """
+        if not self._works or not self._outlasted:
+            return False
+        self.renew()
+        return True
 
     def _renew_in_turn(self) -> None:
         for _ in range(_RACES):

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from .clock import Clock
 from .errors import ContinuityError
-from .format.types import WalSalts, is_page_size
+from .format.types import WalSalts, format_txid, is_page_size
 from .format.wal import WalHeader
 from .frames import WalReader
 from .spool import DrainMutex, Fingerprint, Sealed, Spool, State, WalPosition
@@ -248,6 +248,34 @@ class Record:
         """Give up continuity: the next segment will come from `resync`.  Says so in the log."""
         with self.mutex:
             self.lose(reason)
+
+    def go_on_behind(self, txid: int, sha256: str, timestamp_ms: int) -> None:
+        """The replica's next segment is somebody else's: let go of what was frozen here instead.
+
+        What comes next is found by comparing all pages with the state that it has made (`resync`),
+        and so takes everything back of which it says something else.
+
+        Args:
+            txid: of that segment; all before it are in the replica.
+            sha256: of that segment, hex.
+            timestamp_ms: the time in it, ms since the epoch.
+
+        Raises:
+            SpoolError: that cannot be recorded; nothing has changed.
+        """
+        reason = f"a former writer's upload came late, as txid {format_txid(txid)}"
+        with self.mutex:
+            after = replace(
+                self.unproven(),
+                txid=txid,
+                acked_txid=txid,
+                sha256=sha256,
+                timestamp_ms=max(timestamp_ms, self.state.timestamp_ms),
+                resync=reason,
+            )
+            self.spool.record(after, drop_pieces=True, drop_segments=True)
+            self.unrecorded = None
+        log.warning("%s: %s; all pages will be compared", self.name, reason)
 
     def let_go(self, reason: str) -> None:
         """As `require_full_copy`, and says nothing: that copy is not to be expected soon."""

@@ -16,8 +16,9 @@ from typing import Final, Protocol
 
 from .capture import Capture
 from .clock import Clock
-from .errors import ObjectNotFound, PreconditionFailed, ReplicaError, StoreError
+from .errors import FormatError, ObjectNotFound, PreconditionFailed, ReplicaError, StoreError
 from .fence import Fence
+from .format.ltx import HEADER_SIZE, Header
 from .format.types import format_txid
 from .listing import rests_on_another
 from .spool import Sealed
@@ -27,10 +28,11 @@ from .store.base import (
     SHA256_METADATA,
     ObjectInfo,
     ObjectStore,
+    SegmentInfo,
     segment_key,
 )
 
-__all__ = ["RequestThreads", "Requests", "Sender", "has_sha256", "same_bytes"]
+__all__ = ["Latecomer", "RequestThreads", "Requests", "Sender", "has_sha256", "same_bytes"]
 
 log = logging.getLogger("walship.sender")
 
@@ -93,6 +95,24 @@ class RequestThreads:
             self._queue.put(None)
 
 
+class Latecomer(FencedError):
+    """A former writer's segment has come late and lies under our next TXID.
+
+    It was never acknowledged and never will be, and we have the lease: we can go on behind it.
+
+    Attributes:
+        segment: the object.
+        sha256: of its content, hex.
+        timestamp_ms: the time in it, ms since the epoch.
+    """
+
+    def __init__(self, text: str, segment: SegmentInfo, sha256: str, timestamp_ms: int) -> None:
+        super().__init__(text)
+        self.segment = segment
+        self.sha256 = sha256
+        self.timestamp_ms = timestamp_ms
+
+
 class Sender:
     """Puts segments of one database into its replica.  Thread-safe.
 
@@ -129,7 +149,8 @@ class Sender:
             already.
 
         Raises:
-            FencedError: another writer's bytes lie under this TXID.
+            Latecomer: a former writer's bytes lie under this TXID, and this is the writer.
+            FencedError: another writer's bytes do.
             StoreError: anything else.
         """
         body = self._capture.record.body(sealed)
@@ -154,7 +175,7 @@ class Sender:
                 if same_bytes(self._store, found, sealed):
                     return None
                 if not self._is_dead(found, sealed):
-                    raise self._fenced(sealed.txid) from error
+                    raise self._latecomer(found, sealed) or self._fenced(sealed.txid) from error
         raise StoreError(
             f"txid {format_txid(sealed.txid)} in {self._store.url} changes all the time",
             retryable=True,
@@ -200,6 +221,31 @@ class Sender:
                 f"txid {format_txid(sealed.txid)} waits for the one before it", retryable=True
             )
         return rests_on_another(found.metadata, metadata)
+
+    def _latecomer(self, found: ObjectInfo, sealed: Sealed) -> Latecomer | None:
+        """Whether this object of another writer's only came late; None if it fences us.
+
+        Raises:
+            FencedError: the lease is somebody else's.
+            StoreError: not known; or the segment before this one must come first.
+        """
+        txid, sha256 = sealed.txid, found.metadata.get(SHA256_METADATA)
+        if not sha256 or PREVIOUS_METADATA not in found.metadata:
+            return None  # not by walship
+        if not self._fence.has_outlasted():
+            return None
+        if txid != self._capture.state.acked_txid + 1:
+            raise StoreError(f"txid {format_txid(txid)} waits for those before it", retryable=True)
+        try:
+            header = Header.unpack(self._store.get(found.key, 0, HEADER_SIZE))
+        except (ObjectNotFound, FormatError):
+            return None
+        return Latecomer(
+            f"a former writer's upload has come late, as txid {format_txid(txid)}",
+            SegmentInfo(0, txid, txid, found.size_bytes, found.modified_ms, found.key),
+            sha256,
+            header.timestamp_ms,
+        )
 
     def _fenced(self, txid: int) -> FencedError:
         try:

@@ -35,7 +35,7 @@ from .election import Locks
 from .errors import ClosedError, ContinuityError, ReplicaError, StoreError
 from .fence import Fence
 from .peers import Message, Peers
-from .sender import Requests, Sender
+from .sender import Latecomer, Requests, Sender
 from .spool import Sealed
 from .sqlite import FencedError, RefusedError, SpoolError
 from .waits import Waits
@@ -189,6 +189,8 @@ class Uploader:
         self._leading = False
         self._next_watch = float("-inf")
         self._slots: dict[int, _Slot] = {}
+        # Whose segment is under the TXID of our first slot.
+        self._latecomer: Latecomer | None = None
         self._covered_ticket = 0
         self._dirty_since: float | None = None
         self._last_send = float("-inf")
@@ -398,6 +400,8 @@ class Uploader:
             self._do_reconcile()
             now = self._clock.monotonic()
         self._acknowledge()
+        if self._latecomer is not None:
+            self._go_on_behind(self._latecomer)
         self._send_waiting()
         self._tend(now)
         if len(self._slots) >= self._max_in_flight:
@@ -462,6 +466,7 @@ class Uploader:
             self._give_up(error, everywhere=False)
             return False
         self._slots.clear()
+        self._latecomer = None
         if not self._tending:
             self._levels.begin()
         self._covered_ticket = -1
@@ -572,7 +577,7 @@ class Uploader:
 
     def _send_waiting(self) -> None:
         """Hand frozen segments to the request threads, oldest first."""
-        if self._clock.monotonic() < self._retry_at:
+        if self._clock.monotonic() < self._retry_at or self._latecomer is not None:
             return
         # While there is trouble one request at a time finds out whether it is over.
         limit = 1 if self._failures else self._max_in_flight
@@ -599,6 +604,26 @@ class Uploader:
             self._poke()
 
         self._requests.submit(carry_out)
+
+    def _go_on_behind(self, latecomer: Latecomer) -> None:
+        """Leave the TXID of our first slot to a former writer's segment, and begin anew behind it.
+
+        What was frozen may be under way still, and must not meet what takes its TXIDs: it is waited
+        for.  Where some of it has arrived it rests on a segment that has not, and gives way.
+        """
+        if any(slot.in_flight for slot in self._slots.values()):
+            return
+        segment = latecomer.segment
+        self._capture.record.go_on_behind(
+            segment.max_txid, latecomer.sha256, latecomer.timestamp_ms
+        )
+        self._latecomer = None
+        self._slots.clear()
+        self._acked_txid = segment.max_txid
+        self._levels.acknowledged(segment.max_txid, segment.size_bytes, segment.created_ms)
+        self._waits.uncover()
+        self._covered_ticket = -1
+        self.dirty = True
 
     def _renew(self) -> None:
         if not self._renewing:
@@ -634,7 +659,9 @@ class Uploader:
             slot = self._slots.get(outcome.txid)
             if slot is not None:
                 slot.in_flight = False
-            if isinstance(outcome.error, FencedError | RefusedError):
+            if isinstance(outcome.error, Latecomer):
+                self._latecomer = outcome.error if slot is not None else None
+            elif isinstance(outcome.error, FencedError | RefusedError):
                 self._give_up(outcome.error, everywhere=True)
             elif outcome.error is not None:
                 if outcome.txid >= 0:

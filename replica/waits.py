@@ -72,6 +72,12 @@ class Waits:
                 if wait.txid is None and wait.ticket <= ticket:
                     wait.txid = txid
 
+    def uncover(self) -> None:
+        """What was to hold what is waited for is given up: none of it was acknowledged."""
+        with self._lock:
+            for wait in self._waiting:
+                wait.txid = None
+
     def acknowledge(self, txid: int) -> None:
         """The replica has every TXID up to ``txid``."""
         self._finish(

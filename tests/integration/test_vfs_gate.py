@@ -313,6 +313,26 @@ def test_a_full_spool_can_fail_the_transaction(
     assert len(database.full_copies()) <= 1
 
 
+@pytest.mark.parametrize("policy", ["fail", "block"])
+def test_a_full_spool_of_a_database_that_is_refused(
+    policy: str, tmp_path: Path, stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once nothing is shipped any more nothing makes room: the gate tells the reason for that."""
+    disk = _FullDisk(monkeypatch)
+    database = Database(tmp_path, spool_full=policy, spool_full_timeout="1h")
+    connection = _prepared(database, stores)
+    _commit(connection, 1)
+    connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
+    disk.full = True
+    database.engine()._refuse(walship.ContinuityError("somebody went on"), everywhere=False)
+    with pytest.raises(walship.RefusedError, match="somebody went on"):
+        _commit(connection, 2)
+    assert not connection.in_transaction
+    disk.full = False
+    stores.release()
+    connection.close(True)
+
+
 @pytest.mark.parametrize("before, after", [(0.4, 0.0), (0.0, 0.4), (0.25, 0.25)])
 def test_an_unreliable_store(
     before: float, after: float, tmp_path: Path, stores: Stores, monkeypatch: pytest.MonkeyPatch

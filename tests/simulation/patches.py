@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from support.inline import inline_pools
 from walship.replica import catchup, continuity, engine
 from walship.replica.sqlite import SqlitePort
 
@@ -33,64 +34,7 @@ _THREADING = (
     "concurrent.futures._base",
 )
 _QUEUE = ("walship.replica.uploader", "walship.replica.sender", "walship.replica.compaction")
-_EXECUTORS = (
-    "walship.replica.restore",
-    "walship.replica.apply",
-    "walship.replica.catchup",
-    "walship.replica.listing",
-)
 _SECRETS = ("walship.replica.fence", "walship.replica.peers", "walship.replica.restore")
-
-
-class _Done:
-    """A future that is done."""
-
-    def __init__(self, action: Callable[[], Any]) -> None:
-        self._result: Any = None
-        self._error: BaseException | None = None
-        try:
-            self._result = action()
-        except Exception as error:
-            self._error = error
-
-    def result(self, timeout: float | None = None) -> Any:
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        return self._error
-
-    def done(self) -> bool:
-        return True
-
-    def cancel(self) -> bool:
-        return False
-
-    def add_done_callback(self, callback: Callable[[_Done], object]) -> None:
-        callback(self)
-
-
-class _Inline:
-    """A pool of threads that does at once, in the calling thread, what it is given."""
-
-    def __init__(self, *_: object, **__: object) -> None:
-        pass
-
-    def __enter__(self) -> _Inline:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def submit(self, action: Callable[..., Any], *arguments: Any, **named: Any) -> _Done:
-        return _Done(lambda: action(*arguments, **named))
-
-    def map(self, action: Callable[..., Any], *arguments: Iterable[Any]) -> Iterator[Any]:
-        return iter([action(*each) for each in zip(*arguments, strict=False)])
-
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        pass
 
 
 class _Tokens:
@@ -141,8 +85,7 @@ def installed() -> Iterator[pytest.MonkeyPatch]:
             patch.setattr(importlib.import_module(name), "threading", rt.stand_in)
         for name in _QUEUE:
             patch.setattr(importlib.import_module(name), "queue", rt.stand_in)
-        for name in _EXECUTORS:
-            patch.setattr(importlib.import_module(name), "ThreadPoolExecutor", _Inline)
+        inline_pools(patch)
         tokens = _Tokens()
         for name in _SECRETS:
             patch.setattr(importlib.import_module(name), "secrets", tokens)

@@ -665,7 +665,7 @@ class World:
 
     def close(self, process: Process, connection: walship.Connection | None) -> None:
         if connection is not None and not process.dead:
-            with contextlib.suppress(SpoolError):
+            with contextlib.suppress(SpoolError, *_TOLD):  # at the gate: the WAL stays
                 connection.close(True)
 
     def use(
