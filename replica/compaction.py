@@ -39,6 +39,7 @@ from .format.ltx import PageEncoding
 from .format.types import LEVEL_SNAPSHOT, format_segment_name
 from .level_settings import LevelSettings
 from .levels import (
+    KEPT_L0,
     Compaction,
     L0Files,
     Listing,
@@ -245,6 +246,8 @@ class Levels:
         self.n_damaged = 0
         # For the thread that steps.
         self._listing: Listing | None = None
+        # TXID of the newest full copy that needs no snapshot made of it: the first one never does.
+        self._full_held = 1
         self._last_ms: dict[int, int] = {}
         self._marks: KnownMarks = {}
         self._active = False
@@ -265,13 +268,16 @@ class Levels:
 
     def acknowledged(self, txid: int, size_bytes: int, timestamp_ms: int) -> None:
         """A level-0 segment is in the replica, with all before it."""
-        if not self._is_on:
+        owes_snapshot = self._full_txid() > self._full_held
+        if not self._is_on and not owes_snapshot:
             return
         key = segment_key(self._store, 0, txid, txid)
         self._resting = False
         self._news.put(SegmentInfo(0, txid, txid, size_bytes, timestamp_ms, key))
+        if self._listing is None and txid <= KEPT_L0 and not owes_snapshot:
+            return  # all of it stays in level 0, so nobody need look
         # A program that is opened for a moment at a time must clean up now and then.
-        at_once = self._listing is None and txid % _SHORT_LIVES == 0
+        at_once = owes_snapshot or (self._listing is None and txid % _SHORT_LIVES == 0)
         wait_s = 0.0 if at_once else self._until_merge_s()
         self._want(max(wait_s, self._retry_at - self._clock.monotonic()))
 
@@ -283,6 +289,7 @@ class Levels:
     def begin(self) -> None:
         """This process has become the one that uploads: forget what was known of the replica."""
         self._listing = self.l0 = None
+        self._full_held = 1
         self._active = self._resting = False
         self._damaged.clear()
         self.due = _NEVER
@@ -349,8 +356,8 @@ class Levels:
         demands = _all_of(self._demands)
         try:
             self._active = self._active or bool(demands)
-            if demands and not self._is_on:
-                self._listing = None  # nothing was added to it
+            if not self._is_on:
+                self._listing = None  # little was added to it
             wait_s = self._step(snapshot_demanded=any(snapshot for snapshot, _ in demands))
         except ClosedError as error:
             _end(demands, error)
@@ -450,6 +457,7 @@ class Levels:
             self._carry_out(listing, made)
         if listing.reach(LEVEL_SNAPSHOT) >= full_txid:
             listing.start = max(1, full_txid)
+            self._full_held = listing.start
 
     def _merge_all(self, listing: Listing, now_ms: int) -> None:
         """Merge what is due.  What is damaged is in nobody's way but its own level's, and then

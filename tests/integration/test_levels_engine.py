@@ -54,6 +54,30 @@ def test_no_levels_no_requests(tmp_path: Path) -> None:
     database.assert_replica_equals_file()
 
 
+def test_a_late_full_copy_becomes_a_snapshot_with_everything_off(tmp_path: Path) -> None:
+    """It is what a damaged replica is healed with; also by the process that comes after the one
+    that sent it."""
+    database = Database(tmp_path, levels=[], snapshot_interval=0, retention=False)
+    with database.opened() as connection:
+        connection.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, pad BLOB)")
+        connection.execute("INSERT INTO t (pad) VALUES (randomblob(500))")
+        database.sync()
+        database.demand_full_copy()
+        txid = database.sync()
+        wait_until(lambda: snapshots(database) == [(1, txid)])
+    for path in (database.replica / "ltx" / "9").iterdir():
+        path.unlink()
+    with database.opened() as connection:
+        connection.execute("INSERT INTO t (pad) VALUES (randomblob(500))")
+        database.sync()
+        wait_until(lambda: snapshots(database) == [(1, txid)])
+    database.assert_replica_equals_file()
+
+
+def snapshots(database: Database) -> list[tuple[int, int]]:
+    return [(s.min_txid, s.max_txid) for s in list_replica(database.store()) if s.level == 9]
+
+
 def wait_until(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + WAIT_S
     while not holds():

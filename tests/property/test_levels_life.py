@@ -10,6 +10,7 @@ import pytest
 from support.life import Life
 from walship.replica.errors import StoreError
 from walship.replica.level_settings import LevelSettings
+from walship.replica.levels import KEPT_L0
 from walship.replica.marks import Mark, put_mark, remove_mark
 
 HOUR_S = 3600.0
@@ -148,6 +149,18 @@ def test_a_marked_state_stays(tmp_path: Path) -> None:
     life.advance(4 * DAY_S)
     assert life.is_idle
     life.assert_few_objects()
+
+
+def test_as_long_as_all_stays_in_level_0_nobody_looks(tmp_path: Path) -> None:
+    """A database that was written to a few times is never listed, also after a restart."""
+    life = Life(tmp_path, LevelSettings(), seed=1)
+    for number in range(KEPT_L0):
+        if number == 3:
+            life.start()
+        life.commit()
+        assert life.is_idle
+    life.commit()
+    assert not life.is_idle
 
 
 def test_an_idle_replica_is_left_alone(tmp_path: Path) -> None:
