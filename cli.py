@@ -11,6 +11,7 @@ those that do not.
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import platform
@@ -21,8 +22,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NoReturn
 
 from walship import __version__
-from walship.commands.beside import run_control, run_replicate
-from walship.commands.databases import run_databases, run_info, run_list, run_reset, run_status
 from walship.commands.exits import (
     ENDED,
     EXIT_HELP,
@@ -46,8 +45,6 @@ from walship.commands.options import (
     levels_of,
 )
 from walship.commands.output import one_line, say
-from walship.commands.replicas import run_doctor, run_ltx, run_timeline, run_unmark, run_verify
-from walship.commands.restoring import run_restore
 from walship.replica.clock import Clock, SystemClock
 from walship.replica.config import (
     CONFIG_PLACES,
@@ -286,6 +283,19 @@ def _joined(words: Sequence[str]) -> list[str]:
     return joined
 
 
+_Run = Callable[[argparse.Namespace, Clock], int]
+
+
+def _late(module: str, function: str) -> _Run:
+    """A command's function, imported when it runs: none needs much of what the others do."""
+
+    def run(arguments: argparse.Namespace, clock: Clock) -> int:
+        found: _Run = getattr(importlib.import_module(f"walship.commands.{module}"), function)
+        return found(arguments, clock)
+
+    return run
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="walship",
@@ -299,7 +309,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(
         name: str,
-        run: Callable[[argparse.Namespace, Clock], int],
+        run: _Run,
         summary: str,
         *,
         epilog: str = EXIT_HELP,
@@ -317,7 +327,10 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     made = command(
-        "restore", run_restore, "restore a database from its replica", epilog=_RESTORE_HELP
+        "restore",
+        _late("restoring", "run_restore"),
+        "restore a database from its replica",
+        epilog=_RESTORE_HELP,
     )
     add_target(made)
     add_config(made)
@@ -389,7 +402,7 @@ def _parser() -> argparse.ArgumentParser:
 
     made = command(
         "verify",
-        run_verify,
+        _late("replicas", "run_verify"),
         "restore a replica for trial, check it, and compare it with the database",
         epilog=_VERIFY_HELP,
     )
@@ -416,7 +429,7 @@ def _parser() -> argparse.ArgumentParser:
         summary = "list the segments of a replica"
         if name == "wal":
             summary += " (the old name of ltx)"
-        made = command(name, run_ltx, summary)
+        made = command(name, _late("replicas", "run_ltx"), summary)
         add_target(made)
         add_config(made)
         add_option(
@@ -429,13 +442,19 @@ def _parser() -> argparse.ArgumentParser:
         )
         add_json(made)
 
-    made = command("timeline", run_timeline, "show which states can be restored, and the marks")
+    made = command(
+        "timeline",
+        _late("replicas", "run_timeline"),
+        "show which states can be restored, and the marks",
+    )
     add_target(made)
     add_config(made)
     add_json(made)
 
     made = command(
-        "unmark", run_unmark, "remove a mark: retention need not keep its state any more"
+        "unmark",
+        _late("replicas", "run_unmark"),
+        "remove a mark: retention need not keep its state any more",
     )
     add_target(made)
     made.add_argument("label", metavar="NAME", help="the mark")
@@ -443,7 +462,7 @@ def _parser() -> argparse.ArgumentParser:
 
     made = command(
         "replicate",
-        run_replicate,
+        _late("beside", "run_replicate"),
         "replicate databases whose applications do not use walship themselves",
         epilog=_REPLICATE_HELP,
     )
@@ -471,7 +490,7 @@ def _parser() -> argparse.ArgumentParser:
     add_log_level(made)
 
     for name, does in _CONTROLS.items():
-        made = command(name, run_control, does)
+        made = command(name, _late("beside", "run_control"), does)
         made.add_argument("database", metavar="DB", help="a database file")
         if name == "register":
             add_option(made, "replica", metavar="URL", required=True, help="its replica's URL")
@@ -492,26 +511,40 @@ def _parser() -> argparse.ArgumentParser:
         )
         add_json(made)
 
-    made = command("databases", run_databases, "list the databases of the configuration file")
+    made = command(
+        "databases",
+        _late("databases", "run_databases"),
+        "list the databases of the configuration file",
+    )
     add_config(made)
     add_json(made)
 
-    made = command("info", run_info, "show the processes that have databases of the file open")
-    add_running(made)
-
     made = command(
-        "list", run_list, "list the databases of the file, and which are being replicated"
+        "info",
+        _late("databases", "run_info"),
+        "show the processes that have databases of the file open",
     )
     add_running(made)
 
-    made = command("status", run_status, "show local databases and how far their replicas are")
+    made = command(
+        "list",
+        _late("databases", "run_list"),
+        "list the databases of the file, and which are being replicated",
+    )
+    add_running(made)
+
+    made = command(
+        "status",
+        _late("databases", "run_status"),
+        "show local databases and how far their replicas are",
+    )
     made.add_argument("database", metavar="DB", nargs="?", help="only this database")
     add_config(made)
     add_json(made)
 
     made = command(
         "reset",
-        run_reset,
+        _late("databases", "run_reset"),
         "forget what is recorded beside a database: it becomes its replica's next state",
     )
     made.add_argument("database", metavar="DB", help="the database; no process may have it open")
@@ -519,7 +552,10 @@ def _parser() -> argparse.ArgumentParser:
     add_config(made)
 
     made = command(
-        "doctor", run_doctor, "try out a store: is it fit for replicas?", epilog=_DOCTOR_HELP
+        "doctor",
+        _late("replicas", "run_doctor"),
+        "try out a store: is it fit for replicas?",
+        epilog=_DOCTOR_HELP,
     )
     add_target(made)
     add_config(made)

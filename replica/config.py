@@ -28,7 +28,7 @@ from walship.replica.config_file import (
     Settings,
     read_settings,
 )
-from walship.replica.config_text import expand_text, line_of, load_text
+from walship.replica.config_text import expand_text, load_text
 from walship.replica.directories import DIRECTORY_KEYS, DirectorySettings
 from walship.replica.errors import ConfigError
 from walship.replica.settings import (
@@ -208,6 +208,8 @@ def load_config(
             load_text(text, variables, expand=expand_env), variables, strict=strict
         )
     except ConfigError as error:
+        from walship.replica.yaml_text import line_of  # loaded by now
+
         line = line_of(text, str(error))
         where = "" if line is None else f" (line {line})"
         raise ConfigError(f"{file}: {error}{where}") from error

@@ -42,12 +42,15 @@ from walship.replica.values import (
 __all__ = [
     "GLOBAL_KEYS",
     "LOG_LEVELS",
+    "SOCKET_PATH",
     "LoggingSettings",
     "Settings",
     "SocketSettings",
     "read_settings",
 ]
 
+#: Where the control socket of ``walship replicate`` is made without a setting.
+SOCKET_PATH: Final = "/var/run/walship.sock"
 #: Litestream's limit: watchdogs are not to be flooded.
 _LEAST_HEARTBEAT_S: Final = 60.0
 

@@ -56,6 +56,21 @@ def replica(tmp_path: Path) -> str:
     return f"file://{golden_copy('a-4096-levels', tmp_path)}"
 
 
+def test_a_restore_loads_no_more_than_it_needs(replica: str, tmp_path: Path) -> None:
+    """From a directory: no SDK, no YAML, no server, no other command."""
+    program = (
+        "import sys; from walship.cli import main\n"
+        f"code = main(['restore', '-o', {str(tmp_path / 'out.db')!r}, {replica!r}])\n"
+        "heavy = {'boto3', 'botocore', 'urllib3', 'yaml', 'http', 'ssl', 'asyncio', 'email',\n"
+        "         'tqdm', 'walship.sidecar', 'walship.commands.beside', 'walship.replica.doctor'}\n"
+        "print(code, sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "0 []\n", done.stderr
+
+
 def is_one_line(text: str) -> bool:
     return text.startswith("walship: ") and text.count("\n") == 1
 

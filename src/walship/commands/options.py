@@ -6,12 +6,12 @@ import argparse
 import re
 from typing import Any, NoReturn
 
+from walship.replica.config_file import SOCKET_PATH
 from walship.replica.errors import (
     ConfigError,
     FormatError,
 )
 from walship.replica.format.types import LEVEL_MAX, parse_txid
-from walship.sidecar.control import DEFAULT_PATH
 
 __all__ = [
     "HelpFormatter",
@@ -83,7 +83,7 @@ def add_socket(parser: argparse.ArgumentParser) -> None:
         parser,
         "socket",
         metavar="PATH",
-        help=f"the control socket of `walship replicate` (as configured, or {DEFAULT_PATH})",
+        help=f"the control socket of `walship replicate` (as configured, or {SOCKET_PATH})",
     )
 
 

@@ -10,13 +10,13 @@ from typing import Any, Final
 
 from walship import __version__
 from walship.logs import logging_to
-from walship.replica.config_file import Settings
+from walship.replica.config_file import SOCKET_PATH, Settings
 from walship.replica.errors import ConfigError
 from walship.replica.settings import DatabaseSettings
 from walship.vfs.registry import canonical, registry
 from walship.vfs.services import services
 
-from .control import DEFAULT_PATH, ControlServer, call
+from .control import ControlServer, call
 from .program import Listing, once, run
 from .service import Service
 
@@ -132,7 +132,7 @@ def _controlled(service: Service, settings: Settings) -> Iterator[None]:
     if settings.socket is None:
         yield
         return
-    path = settings.socket.path or DEFAULT_PATH
+    path = settings.socket.path or SOCKET_PATH
     with contextlib.closing(ControlServer(service, path, settings.socket.permissions)):
         yield
 
@@ -143,7 +143,7 @@ def socket_of(path: str | None, settings: Settings | None) -> str:
         return path
     if settings is not None and settings.socket is not None and settings.socket.path is not None:
         return settings.socket.path
-    return DEFAULT_PATH
+    return SOCKET_PATH
 
 
 #: More than the other side waits, so that its answer comes first; seconds.

@@ -44,11 +44,10 @@ from walship.vfs.registry import canonical
 from .service import Service
 from .worker import Worker
 
-__all__ = ["DEFAULT_PATH", "ControlError", "ControlServer", "call"]
+__all__ = ["ControlError", "ControlServer", "call"]
 
 log = logging.getLogger("walship.sidecar")
 
-DEFAULT_PATH: Final = "/var/run/walship.sock"
 _TIMEOUT_S: Final = 30.0
 _MAX_BODY: Final = 64 * 1024
 
