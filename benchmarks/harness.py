@@ -250,13 +250,18 @@ def remove_bucket(endpoint: S3Endpoint, bucket: str) -> None:
 
 
 def environment(endpoint: S3Endpoint) -> dict[str, str]:
-    """For child processes: the caller's, without settings that would change the measurement."""
+    """For child processes: the caller's, without settings that would change the measurement.
+
+    One of them would have every start of a command compile all modules; an installed package has
+    them compiled.
+    """
     kept = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("AWS_", "LITESTREAM_", "WALSHIP_", "BUCKET_NAME"))
     }
-    return {**kept, **endpoint.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    kept.pop("PYTHONDONTWRITEBYTECODE", None)
+    return {**kept, **endpoint.environ}
 
 
 # --- child processes ------------------------------------------------------------------------------
