@@ -49,8 +49,8 @@ __all__ = ["Applied", "Fetcher", "apply_segments"]
 _T = TypeVar("_T")
 
 #: One request of a large segment.  Several are in flight, so this times `parallelism` is most of
-#: the memory a restore needs; larger ones were not faster.
-RANGE_BYTES: Final = 6 << 20
+#: the memory a restore needs, twice where an answer is put together; larger ones were not faster.
+RANGE_BYTES: Final = 5 << 20
 #: Up to this size a segment is fetched whole, without a look at its index.
 SMALL_BYTES: Final = 4 << 20
 #: Small segments fetched ahead of need, in bytes.
