@@ -310,6 +310,16 @@ class Levels:
         if self._apart is not None:
             self._apart.kill(wait=True)
 
+    def leave_database(self) -> None:
+        """It is about to be closed: no process of ours reads it any more when this returns."""
+        if self._apart is not None:
+            self._apart.leave_database()
+
+    def enter_database(self) -> None:
+        """It is being opened: snapshots may be made of its own pages again."""
+        if self._apart is not None:
+            self._apart.enter_database()
+
     def forget(self) -> None:
         """In a forked child, whose process that merges is its parent's."""
         if self._apart is not None:
@@ -538,7 +548,14 @@ class Levels:
             log.info("%s: %s cannot copy objects", self._name, self._store.url)
             self._can_copy = False
             return None
-        return self._info(compaction, key, info.size_bytes)
+        return SegmentInfo(
+            compaction.level,
+            compaction.min_txid,
+            compaction.max_txid,
+            info.size_bytes,
+            compaction.timestamp_ms,
+            key,
+        )
 
     def _merge(self, compaction: Compaction) -> SegmentInfo:
         # No other process, nor an earlier one with the same id, has this name.
@@ -554,6 +571,8 @@ class Levels:
             key=self._key(compaction),
             conditional=self._conditional,
             is_full=compaction.is_full,
+            # Made of the database itself, where that is possible.
+            is_newest=compaction.level == LEVEL_SNAPSHOT and not compaction.is_full,
         )
         try:
             try:
@@ -564,7 +583,14 @@ class Levels:
                     raise
                 made = self._run(replace(job, inputs=[Input(each) for each in compaction.inputs]))
             self._conditional = made.conditional
-            found = self._info(compaction, job.key, made.size_bytes)
+            found = SegmentInfo(
+                compaction.level,
+                compaction.min_txid,
+                made.max_txid,
+                made.size_bytes,
+                made.timestamp_ms,
+                made.key,
+            )
             if compaction.level in self._settings.levels[:-1]:
                 self._kept.keep(found.level, found.min_txid, found.max_txid, path)
             return found
@@ -591,16 +617,6 @@ class Levels:
                     )
         return carry_out(
             job, self._store, self._files, look_up=self._look_up, may_put=self._may_go_on
-        )
-
-    def _info(self, compaction: Compaction, key: str, size_bytes: int) -> SegmentInfo:
-        return SegmentInfo(
-            compaction.level,
-            compaction.min_txid,
-            compaction.max_txid,
-            size_bytes,
-            compaction.timestamp_ms,
-            key,
         )
 
     # -- deleting -----------------------------------------------------------------------------

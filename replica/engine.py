@@ -56,7 +56,7 @@ from .sqlite import (
 from .store.base import ObjectStore, segment_key
 from .store.local import fsync_directory, sync_data
 from .store.retrying import RetryingStore
-from .store.settings import LocalSettings, StoreSettings
+from .store.settings import LocalSettings
 from .uploader import MAX_IN_FLIGHT, Uploader, error_of
 from .validation import Validation
 from .verify_process import Job, VerifyProcess
@@ -230,7 +230,7 @@ class Engine:
             full_txid=lambda: self.capture.state.full_txid,
             encoding=PageEncoding(settings.page_encoding),
             is_stopping=lambda: self.uploader.is_stopping(),
-            apart=_apart(settings.replica.store, host),
+            apart=_apart(settings, host, spool.directory),
         )
         self.uploader = Uploader(
             self.name,
@@ -589,6 +589,7 @@ class Engine:
     def before_close(self) -> None:
         """The last connection is about to checkpoint and delete the WAL: drain, and get out."""
         self.validation.pause()
+        self._levels.leave_database()
         try:
             self.capture.drain()
         except ReplicaError as error:
@@ -602,6 +603,7 @@ class Engine:
     def after_open(self) -> None:
         """A connection is opening: plain connections of our own are allowed again."""
         self._port.open()
+        self._levels.enter_database()
         self.validation.resume()
 
     def note_trouble(self, error: Exception) -> None:
@@ -917,8 +919,16 @@ class Engine:
         self._store.close()
 
 
-def _apart(store: StoreSettings, host: Host) -> MergeProcess | None:
-    return None if host.slots is None else MergeProcess(store, host.slots, host.requests)
+def _apart(settings: DatabaseSettings, host: Host, directory: Path) -> MergeProcess | None:
+    if host.slots is None or settings.replica is None:
+        return None
+    return MergeProcess(
+        settings.replica.store,
+        host.slots,
+        host.requests,
+        database=settings.path,
+        directory=directory,
+    )
 
 
 class _Memory:

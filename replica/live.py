@@ -1,6 +1,7 @@
 """The live database as it was at one TXID, seen from a process that does not have it open.
 
-`replica.verify` holds it against what the replica gives.  Two ways lead there:
+`replica.verify` holds it against what the replica gives, `replica.snapshots` makes snapshots of it.
+Two ways lead there:
 
 * Some process uploads.  A read mark is taken first: as long as it is held no checkpoint writes
   anything into the main file that came after it, and no WAL goes that it needs.  Then that process
@@ -60,11 +61,13 @@ class Live:
 
     Attributes:
         txid: the state that it is.
+        timestamp_ms: when that was committed, ms since the epoch.
         page_size: bytes.
         commit: size in pages.
     """
 
     txid: int
+    timestamp_ms: int
     page_size: int
     commit: int
     _wal: WalReader
@@ -336,7 +339,16 @@ class _Files:
         locked = lock_pgno(state.page_size)
         keys = (newest.get(n, n << 32) for n in range(1, state.commit + 1) if n != locked)
         batch = Batch(1, frame, keys, state.commit, (0, 0), None)
-        return Live(state.txid, state.page_size, state.commit, self._wal, batch, read_main, check)
+        return Live(
+            state.txid,
+            state.timestamp_ms,
+            state.page_size,
+            state.commit,
+            self._wal,
+            batch,
+            read_main,
+            check,
+        )
 
 
 _CHANGED: Final = (

@@ -22,7 +22,7 @@ from .format.ltx import HEADER_SIZE, Header, PageEncoding
 from .format.merge import MergeInput, merge
 from .store.base import SHA256_METADATA, ObjectStore, SegmentInfo
 
-__all__ = ["Apart", "Input", "Made", "Merge", "carry_out"]
+__all__ = ["Apart", "Input", "Made", "Merge", "carry_out", "put"]
 
 #: Read-ahead of all inputs of a merge that come from the replica, together, and of one at least
 #: and at most, bytes.
@@ -52,6 +52,7 @@ class Merge:
         key: of the object.
         conditional: whether the store is asked for create-only.
         is_full: the single input holds all pages, whatever came before it.
+        is_newest: it is to be a snapshot of the newest state; one of a later TXID will do.
     """
 
     inputs: Sequence[Input]
@@ -63,6 +64,7 @@ class Merge:
     key: str
     conditional: bool
     is_full: bool = False
+    is_newest: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +72,15 @@ class Made:
     """What came of a merge.
 
     Attributes:
+        max_txid, timestamp_ms, key: of the result; those that were asked for, unless it is of the
+            newest state.
         size_bytes: of the result.
         conditional: false if it turned out that the store cannot be asked for create-only.
     """
 
+    max_txid: int
+    timestamp_ms: int
+    key: str
     size_bytes: int
     conditional: bool
 
@@ -97,6 +104,13 @@ class Apart(Protocol):
         Args:
             wait: until it is gone.
         """
+
+    def leave_database(self) -> None:
+        """From any thread: there is no lock on the database any more when this returns, until
+        `enter_database`; what needs one is done in another way."""
+
+    def enter_database(self) -> None:
+        """From any thread: the database may be read again."""
 
     def forget(self) -> None:
         """In a forked child: that process is not ours."""
@@ -124,8 +138,7 @@ def carry_out(
     """
     sha256 = _merge_into(job, store, files, look_up)
     may_put()
-    conditional = _put(job, store, sha256)
-    return Made(files.stat(job.path).st_size, conditional)
+    return put(job, store, files, sha256)
 
 
 def _merge_into(job: Merge, store: ObjectStore, files: Files, look_up: Callable[[], object]) -> str:
@@ -175,6 +188,20 @@ def _open(copy: Path | None, files: Files) -> BinaryIO | None:
         return None if copy is None else files.reader(copy)
     except OSError:
         return None
+
+
+def put(job: Merge, store: ObjectStore, files: Files, sha256: str) -> Made:
+    """Put the file that was made.
+
+    Args:
+        sha256: of it, hex.
+
+    Raises:
+        StoreError: a request failed.
+    """
+    conditional = _put(job, store, sha256)
+    size_bytes = files.stat(job.path).st_size
+    return Made(job.max_txid, job.timestamp_ms, job.key, size_bytes, conditional)
 
 
 def _put(job: Merge, store: ObjectStore, sha256: str) -> bool:

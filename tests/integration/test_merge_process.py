@@ -16,11 +16,13 @@ import apsw
 import pytest
 
 import walship
-from support.databases import WAIT_S, Database
+from support.databases import WAIT_S, Database, Stores
 from support.servers import S3Endpoint
 from support.workers import Workers, workers
 from walship.replica import child, compaction
 from walship.replica.errors import ClosedError, FormatError, StoreError
+from walship.replica.format.ltx import Header
+from walship.replica.format.merge import MergeInput, merge
 from walship.replica.listing import list_replica
 from walship.replica.spool import state_directory
 from walship.vfs.registry import registry
@@ -103,12 +105,12 @@ def _merging(database: Database) -> list[Path]:
     return list(state_directory(database.path).glob("*.merging"))
 
 
-def _put() -> int:
-    """Bytes put into directories so far, as this process counts."""
+def _put(operation: str = "PUT") -> int:
+    """Bytes put into directories (or got from there) so far, as this process counts."""
     return sum(
         each.n_bytes
         for each in registry.host.requests.operations()
-        if (each.replica_type, each.operation) == ("file", "PUT")
+        if (each.replica_type, each.operation) == ("file", operation)
     )
 
 
@@ -132,6 +134,122 @@ def test_large_merges_have_a_process(tmp_path: Path) -> None:
         assert _merging(database) == []
         database.assert_replica_equals_now()
     database.assert_replica_equals_file()
+
+
+def test_a_snapshot_is_made_of_the_database(tmp_path: Path) -> None:
+    """Nothing is read from the store for it, and its bytes are those that a merge makes."""
+    database = Database(tmp_path, levels=[], snapshot_interval="24h")
+    with database.opened() as db:
+        newest = _fill(database, db)
+        got = _put("GET")
+        with _snapshot(database) as done:
+            assert done() == newest
+        assert _put("GET") == got
+        database.engine()._levels.leave_database()
+        (made,) = (s for s in list_replica(database.store()) if s.max_txid == newest and s.level)
+        inputs = [database.store().get(s.key) for s in list_replica(database.store(), [0])]
+        merged: list[bytes] = []
+        merge(
+            [MergeInput(each) for each in inputs],
+            lambda parts: merged.extend(map(bytes, parts)),
+            timestamp_ms=Header.unpack(database.store().get(made.key)).timestamp_ms,
+        )
+        assert database.store().get(made.key) == b"".join(merged)
+        database.assert_replica_equals_now()
+
+
+def test_a_snapshot_of_a_busy_database(tmp_path: Path) -> None:
+    """It is of some TXID that the replica has, and all that follows can be restored from it."""
+    database = Database(tmp_path, levels=[], snapshot_interval="24h")
+    with database.opened() as db:
+        newest = _fill(database, db)
+        stop = threading.Event()
+
+        def write() -> None:
+            with database.opened() as connection:
+                while not stop.is_set():
+                    connection.execute("INSERT INTO t (pad) VALUES (randomblob(2000))")
+                    database.sync()
+
+        got = _put("GET")
+        with ThreadPoolExecutor(1) as pool:
+            writing = pool.submit(write)
+            for _ in range(3):
+                with _snapshot(database) as done:
+                    txid = done()
+                assert txid >= newest
+                newest = txid
+            stop.set()
+            writing.result(WAIT_S)
+        assert _put("GET") == got
+        for path in (database.replica / "ltx" / "0").iterdir():
+            if int(path.name[:16], 16) <= newest:
+                path.unlink()
+        for path in (database.replica / "ltx" / "9").iterdir():
+            if path.name[17:33] != f"{newest:016x}":
+                path.unlink()
+        database.restore_to(tmp_path / "then.db", txid=newest)
+        database.assert_replica_equals_now()
+
+
+def test_a_snapshot_waits_for_what_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A TXID that the replica does not have yet could still become another one."""
+    stores = Stores(monkeypatch)
+    database = Database(tmp_path, levels=[], snapshot_interval="24h")
+    with database.opened() as db:
+        newest = _fill(database, db)
+        levels, capture = database.engine()._levels, database.engine().capture
+        acked: list[int] = []
+        ask = levels._may_go_on
+
+        def may_go_on() -> None:
+            if _children():
+                acked.append(capture.state.acked_txid)
+            ask()
+
+        monkeypatch.setattr(levels, "_may_go_on", may_go_on)
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(levels.demand(snapshot=True).result, WAIT_S)
+            stores.block(("put",))
+            db.execute("INSERT INTO t (pad) VALUES (randomblob(500))")
+            database.engine().uploader.ring()
+            _wait(lambda: _merging(database))
+            _wait(lambda: acked or _merging(database)[0].stat().st_size > 3_000_000)
+            time.sleep(0.3)
+            stores.release()
+            assert future.result(WAIT_S) == newest + 1
+        assert acked == [newest + 1]
+        database.assert_replica_equals_now()
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_database_that_is_closed_is_left_alone(tmp_path: Path, when: str) -> None:
+    """Its locks are gone before SQLite looks for some, and the snapshot is a merge."""
+    database = Database(tmp_path, levels=[], snapshot_interval="24h")
+    with database.opened() as db:
+        newest = _fill(database, db)
+        levels = database.engine()._levels
+        got = _put("GET")
+        if when == "before":
+            levels.leave_database()
+        with _snapshot(database) as done:
+            if when == "meanwhile":
+                _wait(_children)
+                (pid,) = _children()
+                os.kill(pid, signal.SIGSTOP)
+                levels.leave_database()
+                assert _command_line(pid) == b""
+            assert done() == newest
+        assert _put("GET") > got + 3_000_000
+        database.assert_replica_equals_now()
+        levels.enter_database()
+        db.execute("INSERT INTO t (pad) VALUES (randomblob(500))")
+        newest, got = database.sync(), _put("GET")
+        with _snapshot(database) as done:
+            assert done() == newest
+        assert _put("GET") == got
 
 
 def test_small_merges_have_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,6 +337,7 @@ def test_damage_is_damage(tmp_path: Path) -> None:
     database = Database(tmp_path, levels=[], snapshot_interval="24h")
     with database.opened() as db:
         _fill(database, db)
+        database.engine()._levels.leave_database()
         with _snapshot(database) as done:
             done()
         newest = database.replica / "ltx" / "9"
@@ -253,6 +372,27 @@ def test_the_last_close_ends_it(tmp_path: Path) -> None:
                 future.result(WAIT_S)
     _wait(lambda: not _merging(database))
     assert _snapshots(database) == before
+    database.assert_replica_equals_file()
+
+
+def test_the_last_close_removes_the_wal_beside_a_snapshot(tmp_path: Path) -> None:
+    """The read mark of the process that makes it would keep SQLite from doing so."""
+    database = Database(tmp_path, levels=[], snapshot_interval="24h")
+    with database.opened() as db:
+        _fill(database, db)
+        db.execute("INSERT INTO t (pad) VALUES (randomblob(40000000))")
+        database.sync()
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(database.engine().tend, snapshot=True, timeout=WAIT_S)
+            _wait(lambda: any(path.stat().st_size for path in _merging(database)))
+            (pid,) = _children()
+            os.kill(pid, signal.SIGSTOP)
+            assert _merging(database)[0].stat().st_size < 40_000_000, "it reads no more"
+            db.close()
+            assert not database.path.with_name("app.db-wal").exists()
+            with pytest.raises(ClosedError):
+                future.result(WAIT_S)
+    assert _children() == []
     database.assert_replica_equals_file()
 
 
