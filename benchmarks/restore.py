@@ -41,13 +41,13 @@ def run(setting: Setting) -> list[Row]:
     n_bytes = int(setting.pick(1450, 100)) * 1_000_000
     segments = int(setting.pick(500, 100))
     with setting.place() as place:
-        _build(setting, place, n_bytes, segments)
+        build(setting, place, n_bytes, segments)
         sizes = place.endpoint.keys(place.bucket, "db/0000/")
         largest = max(sizes, key=lambda key: sizes[key])
         results = interleave(
             setting,
             [FLOOR, LITESTREAM, WALSHIP, COPY],
-            lambda name: _once(setting, place, name, largest, sizes[largest]),
+            lambda name: once(setting, place, name, largest, sizes[largest]),
         )
         how = (
             f"{n_bytes / 1e9:.2f} GB (one object of {sizes[largest] / 1e9:.2f} GB and "
@@ -62,7 +62,12 @@ def run(setting: Setting) -> list[Row]:
     ]
 
 
-def _build(setting: Setting, place: Place, n_bytes: int, segments: int) -> None:
+def build(setting: Setting, place: Place, n_bytes: int, segments: int, **settings: object) -> None:
+    """A replica of a database of so many bytes: the first copy, then small segments.
+
+    Args:
+        settings: of the database, in place of the defaults.
+    """
     job = {
         "task": "build",
         "contestant": WALSHIP,
@@ -71,6 +76,7 @@ def _build(setting: Setting, place: Place, n_bytes: int, segments: int) -> None:
         "replica": place.replica(**{"sync-interval": "10ms"}),
         "bytes": n_bytes,
         "segments": segments,
+        "settings": settings,
     }
     with Worker(job, setting) as worker:
         worker.wait_ready()
@@ -78,7 +84,13 @@ def _build(setting: Setting, place: Place, n_bytes: int, segments: int) -> None:
         worker.result()
 
 
-def _once(setting: Setting, place: Place, name: str, largest: str, size: int) -> dict[str, Any]:
+def once(setting: Setting, place: Place, name: str, largest: str, size: int) -> dict[str, Any]:
+    """One restore, by whoever is meant; what the contestants make is compared byte by byte.
+
+    Args:
+        name: LITESTREAM, WALSHIP, FLOOR (parallel GETs of ``largest``, thrown away) or COPY.
+        largest, size: key and size of the largest object.
+    """
     settle()
     if name == FLOOR:
         job = {

@@ -41,6 +41,7 @@ TOPICS = (
     "lag",
     "bulk",
     "restore",
+    "day",
     "delta",
     "memory",
     "idle",
