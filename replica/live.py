@@ -178,9 +178,10 @@ class _Files:
             port = SqlitePort(str(self._path))
             try:
                 with self._marked(port) as mark:
+                    check_growth = self._growth()
                     ask()
-                    state = self._sealed_behind(mark, port)
-                    yield self._live(state, port.read_main, self._bounded(state))
+                    state = self._sealed_behind(mark, port, check_growth)
+                    yield self._live(state, port.read_main, self._bounded(state, check_growth))
             finally:
                 port.release()
 
@@ -218,11 +219,14 @@ class _Files:
             self._clock.sleep(_PAUSE_LONGEST_S / 10)
         raise NotComparable("the database is in use all the time: no read transaction came about")
 
-    def _sealed_behind(self, mark: tuple[WalSalts | None, int], port: SqlitePort) -> State:
+    def _sealed_behind(
+        self, mark: tuple[WalSalts | None, int], port: SqlitePort, check_growth: Callable[[], None]
+    ) -> State:
         """The record, once all that lies before the mark has its TXID."""
         found: list[State] = []
 
         def look() -> bool:
+            check_growth()
             state = _state(self._directory)
             if self._is_behind(state, mark, port):
                 found.append(state)
@@ -249,14 +253,22 @@ class _Files:
         # In a WAL that was begun since, everything lies behind the mark.
         return now != salts or state.position.frame >= frame
 
-    def _bounded(self, state: State) -> Callable[[], None]:
+    def _bounded(self, state: State, check_growth: Callable[[], None]) -> Callable[[], None]:
         """Checks that the WAL is what it was, and that holding the mark does not cost too much."""
         salts = self._wal.salts()
-        begun = self._wal_bytes()
 
         def check() -> None:
             if self._wal.salts() != salts and (salts is not None or state.position is not None):
                 raise NotComparable("the WAL was replaced while the database was read")
+            check_growth()
+
+        return check
+
+    def _growth(self) -> Callable[[], None]:
+        """Checks that the WAL has not grown by too much from now on."""
+        begun = self._wal_bytes()
+
+        def check() -> None:
             if self._wal_bytes() > begun + _WAL_GROWTH_BYTES:
                 raise NotComparable(
                     "there are too many changes for a comparison: the WAL grew by "

@@ -17,11 +17,14 @@ from support.databases import Database
 from support.replicas import write_pages
 from support.servers import S3Endpoint
 from support.workers import Workers, workers
+from walship.replica import live
 from walship.replica.clock import SystemClock
 from walship.replica.format.ltx import Decoder, Encoder
 from walship.replica.live import NotComparable, at_txid
 from walship.replica.spool import state_directory
 from walship.replica.verify import Verification, last_verified, verify
+
+CLOCK = SystemClock()
 
 
 @pytest.fixture
@@ -133,6 +136,38 @@ def test_commits_that_were_not_shipped_are_no_difference(tmp_path: Path, fleet: 
     found = _verify(database)
     assert (found.outcome, found.compared) == ("sound", False)
     assert "open the database" in found.not_compared
+
+
+@pytest.mark.parametrize("when", ["while it is read", "before it is sealed"])
+def test_a_read_mark_is_not_held_at_any_price(
+    tmp_path: Path, fleet: Workers, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """While it is, the WAL only grows; beyond some size the view is given up."""
+    monkeypatch.setattr(live, "_WAL_GROWTH_BYTES", 1 << 20)
+    database = Database(tmp_path)
+    worker = fleet(database.path, database.replica)
+    worker.run("db.wal_autocheckpoint(0); insert(5, 100000); sync()")
+    grow = "insert(20, 100000)"
+    view = at_txid(database.path, state_directory(database.path), database.store().url, CLOCK)
+    if when == "while it is read":
+        with pytest.raises(NotComparable, match="too many changes"), view as found:
+            worker.run(grow)
+            assert sum(len(run) for _, run in found.page_runs())
+    else:
+        worker.run("engine().capture.mutex.acquire(); insert()")
+        wait = live._wait
+
+        def grow_and_wait(*arguments: Any) -> bool:
+            worker.run(grow)
+            return wait(*arguments)
+
+        monkeypatch.setattr(live, "_wait", grow_and_wait)
+        with pytest.raises(NotComparable, match="too many changes"), view:
+            pass
+        worker.run("engine().capture.mutex.release()")
+    monkeypatch.undo()
+    worker.run("sync()")
+    assert _verify(database).compared
 
 
 def test_a_foreign_writer_is_no_difference(tmp_path: Path) -> None:
