@@ -63,7 +63,7 @@ def test_example_is_fit(name: str) -> None:
         ("walship.service", "WantedBy=multi-user.target", "", "WantedBy"),
         ("walship.service", "PrivateTmp=true", "PrivateTmp=ture", "PrivateTmp=ture"),
         ("walship.service", "RestartSec=1", "RestrtSec=1", "RestrtSec"),
-        ("Dockerfile", "COPY ", "COPPY ", "COPPY"),
+        ("Dockerfile", "COPY ", "COPYFILE ", "COPYFILE"),
         ("Dockerfile", "WORKDIR /", "WORKDIR ", "hadolint.*WORKDIR"),
     ],
 )

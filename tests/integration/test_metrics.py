@@ -105,6 +105,7 @@ def test_checkpoints_by_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     with database.opened() as db:
         db.execute("create table t(x)")
+        database.sync()  # a copy that is being made is in the way
         assert counted() == {"PASSIVE": (0, 0), "RESTART": (0, 0), "TRUNCATE": (0, 0)}
         db.wal_checkpoint()
         assert counted() == {"PASSIVE": (1, 0), "RESTART": (0, 0), "TRUNCATE": (0, 0)}

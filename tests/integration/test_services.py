@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,9 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 import walship
+from support.dashboards import dashboard, expressions, rules
 from support.databases import WAIT_S, Database
+from support.promql import Samples
 from walship.replica import heartbeat
 from walship.replica.config_file import Settings
 from walship.replica.engine import Status
@@ -311,3 +315,47 @@ def test_the_sidecar_needs_its_address(tmp_path: Path, port: int) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"walship: addr: metrics cannot be served on 127.0.0.1:{port}: ")
+
+
+_APPLICATION = """
+import sys, time, walship
+walship.configure(sys.argv[1])
+db = walship.connect(sys.argv[2])
+db.execute("create table if not exists t (x)")
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("kind", ["application", "sidecar"])
+def test_dashboard_and_alerts_over_what_is_scraped(kind: str, tmp_path: Path, port: int) -> None:
+    """Of a real process, at rest: each metric of the dashboard is there, with the labels that are
+    asked for, and no alert fires."""
+    file = configuration(tmp_path, f"addr: 127.0.0.1:{port}", "validation-interval: 1s")
+    path = str(tmp_path / "app.db")
+    code = "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('create table t (x)')"
+    subprocess.run([sys.executable, "-c", code, path], check=True, timeout=WAIT_S)
+    words = {
+        "application": ["-c", _APPLICATION, str(file), path],
+        "sidecar": ["-m", "walship.cli", "replicate", "-config", str(file)],
+    }[kind]
+    process = subprocess.Popen([sys.executable, *words], stderr=subprocess.DEVNULL)
+    try:
+        wait(lambda: "walship_last_verified_txid{" in text_of(port))
+        families = list(text_string_to_metric_families(text_of(port)))
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=WAIT_S)
+    samples = [each for family in families for each in family.samples]
+    labels: dict[str, set[str]] = {}
+    for each in samples:
+        labels.setdefault(each.name, set()).update(each.labels)
+    # Some have no sample yet: no request went to S3, and nothing was merged.
+    names = {name for family in families for name in (family.name, f"{family.name}_total")}
+    for expression in expressions(dashboard()):
+        for metric in re.findall(r"\b(?:litestream|walship)_\w+", expression):
+            assert metric in names | labels.keys(), expression
+            for matchers in re.findall(rf"{metric}{{([^}}]*)}}", expression):
+                wanted = set(re.findall(r"(\w+)=", matchers))
+                assert wanted <= labels.get(metric, wanted), expression
+    now = Samples([(each.name, each.labels, each.value) for each in samples], time.time())
+    assert {name for name, rule in rules().items() if now.evaluate(rule["expr"])} == set()

@@ -89,10 +89,7 @@ def test_the_wal_stays_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_nobody_else_can_restart_the_wal(tmp_path: Path) -> None:
-    """Between two looks: commits, a checkpoint that would restart the WAL, and commits again.
-
-    These are the two ways in which Litestream loses commits (docs/format.md).
-    """
+    """Between two looks: commits, a checkpoint that would restart the WAL, and commits again."""
     path = tmp_path / "app.db"
     create(path)
     sidecar = _sidecar(path, tmp_path / "replica")
@@ -115,6 +112,54 @@ def test_nobody_else_can_restart_the_wal(tmp_path: Path) -> None:
     finally:
         sidecar.close()
     _assert_same(path, tmp_path / "replica")
+
+
+#: What happens to the WAL while nothing replicates, and how: each "write" is a commit that changes
+#: so many pages, "restart" a checkpoint after which the next commit begins the WAL anew.
+_HOLES = {
+    # What was not seen lies behind the last frame that was, in the part that stays as it is.
+    "one restart": ["write 6", "restart", "write 1"],
+    # Nothing is left of the WAL in which it was.
+    "two restarts": ["restart", "write 3", "restart", "write 9"],
+    "a rewritten WAL": ["restart", "write 2", "restart", "write 2"],
+}
+_AWAY = """
+import os, sqlite3, sys
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+db.execute("PRAGMA wal_autocheckpoint = 0")
+n = 0
+for step in sys.argv[2:]:
+    if step == "restart":
+        assert db.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()[0] == 0
+    else:
+        count = int(step.split()[1])
+        where = "n >= ? AND n < ?"
+        db.execute(f"UPDATE rows SET b = randomblob(3900) WHERE {where}", (n, n + count))
+        n += count
+os._exit(0)  # a close would remove the WAL
+"""
+
+
+@pytest.mark.parametrize("steps", _HOLES.values(), ids=_HOLES)
+def test_what_happens_while_nothing_replicates(steps: list[str], tmp_path: Path) -> None:
+    """Killed, and the WAL restarted meanwhile: the two ways in which Litestream loses commits.
+
+    It goes on with increments then, and its replica lacks what came in between.
+    """
+    path, replica, log = tmp_path / "app.db", tmp_path / "replica", tmp_path / "log"
+    create(path)
+    with replicating(path, replica, log=log) as running:
+        running.wait_for("full copy as txid")
+        many = "WITH RECURSIVE m (n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM m WHERE n < 30)"
+        execute(path, f"INSERT INTO rows {many} SELECT 'seen', n, randomblob(3900) FROM m")
+        wait_until(lambda: len(list((replica / "ltx" / "0").glob("*.ltx"))) >= 2, running.said)
+        running.kill()
+    subprocess.run([sys.executable, "-c", _AWAY, path, *steps], check=True, timeout=60)
+    with replicating(path, replica, log=log) as running:
+        running.wait_for("at txid", 2)
+        execute(path, "INSERT INTO rows VALUES ('later', 1, NULL)")
+        assert running.end() == 0
+    _assert_same(path, replica)
 
 
 def test_killed_again_and_again(tmp_path: Path) -> None:

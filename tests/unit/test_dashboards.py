@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
+from support.dashboards import EXAMPLES, dashboard, expressions, rules
 from support.promql import Samples
 from walship.replica.counts import CheckpointCounts, Operation
 from walship.replica.engine import Status, Work
@@ -21,8 +19,7 @@ from walship.replica.sqlite import FencedError, RefusedError
 from walship.vfs.exposition import families
 from walship.vfs.measures import DatabaseMetrics, Metrics
 
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "examples"
+ROOT = EXAMPLES.parent
 
 pytestmark = pytest.mark.skipif(
     not EXAMPLES.is_dir(), reason="tests of an installed wheel: there are no examples"
@@ -92,11 +89,6 @@ def samples_of(found: Metrics) -> list[tuple[str, dict[str, str], float]]:
 def changed(**status: Any) -> DatabaseMetrics:
     """The idle database, with another status."""
     return replace(IDLE, status=replace(IDLE.status, **status))
-
-
-def rules() -> dict[str, dict[str, Any]]:
-    tree = yaml.safe_load((EXAMPLES / "alerts.yml").read_text(encoding="utf-8"))
-    return {rule["alert"]: rule for group in tree["groups"] for rule in group["rules"]}
 
 
 def firing(*databases: DatabaseMetrics) -> set[str]:
@@ -180,21 +172,6 @@ def test_every_alert_is_seen_to_fire() -> None:
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert set(rule["annotations"]) == {"summary", "description"}
         assert "{{ $labels.db }}" in rule["annotations"]["summary"]
-
-
-def expressions(node: Any) -> list[str]:
-    """All that a dashboard asks Prometheus for."""
-    if isinstance(node, dict):
-        found = [node["expr"]] if "expr" in node else []
-        return found + [each for child in node.values() for each in expressions(child)]
-    if isinstance(node, list):
-        return [each for child in node for each in expressions(child)]
-    return []
-
-
-def dashboard() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((EXAMPLES / "grafana-dashboard.json").read_text())
-    return found
 
 
 def test_the_dashboard_asks_for_what_there_is() -> None:

@@ -70,10 +70,10 @@ def replicate(
         return listing
 
     with logging_to(settings.logging) as change_logging:
-        log.info("walship %s begins: %s", __version__, _in_words(settings))
         if only_once:
             return once(service, settings.all_databases(), snapshot=snapshot, tend=tend)
         with _observed(service, settings), _controlled(service, settings):
+            log.info("walship %s begins: %s", __version__, _in_words(settings))
             return run(service, _listing(settings), reload, command or settings.exec)
 
 
