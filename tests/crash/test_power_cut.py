@@ -2,8 +2,9 @@
 
 Each test records a short life of a database, operation by operation, and replays it as a power cut
 after each of them: see ``support.powercut`` for what is checked and ``support.disk`` for what a
-power cut may leave.  ``WALSHIP_DEEP=1`` replays more: other histories and page sizes, and every
-kind of rest at each operation.
+power cut may leave.  An ordinary run plays each life once: what is certain is looked at after every
+operation, what is not after every other one.  ``WALSHIP_DEEP=1`` replays more, for hours: other
+histories and page sizes, and every kind of rest at each operation.
 """
 
 from __future__ import annotations
@@ -38,8 +39,6 @@ DEEP = os.environ.get("WALSHIP_DEEP", "") not in ("", "0")
 #: What every recording and every choice in a replay follow from.
 SEEDS = range(12) if DEEP else (int(os.environ.get("WALSHIP_SEED", "0")),)
 _DEEP_LIMIT_S = 1800
-#: Minutes each: not in an ordinary run.
-deep_only = pytest.mark.skipif(not DEEP, reason="takes minutes: set WALSHIP_DEEP=1")
 
 #: Lives of a database, by what happens in them; the words are explained in ``support.recorder``.
 LIVES: dict[str, Script] = {
@@ -116,7 +115,7 @@ def scratch() -> Iterator[Path]:
 @pytest.fixture
 def replay(litestream: Path) -> Replay:
     """Replays, with a sample for the real Litestream."""
-    return Replay(litestream)
+    return Replay(litestream, every=1 if DEEP else 2)
 
 
 def _vary(script: Script, synchronous: str, seed: int) -> Script:
@@ -135,7 +134,7 @@ deep_limit = pytest.mark.timeout(_DEEP_LIMIT_S if DEEP else 180)
 @both
 @seeds
 @deep_limit
-@pytest.mark.parametrize("life", LIVES if DEEP else ["gates"])
+@pytest.mark.parametrize("life", LIVES)
 def test_after_any_operation(
     life: str, synchronous: str, seed: int, scratch: Path, replay: Replay
 ) -> None:
@@ -183,7 +182,6 @@ def _random_life(seed: int) -> Script:
     )
 
 
-@deep_only
 @both
 @seeds
 @deep_limit
@@ -193,7 +191,6 @@ def test_in_a_random_life(synchronous: str, seed: int, scratch: Path, replay: Re
     replay.run(recording, seed=seed, deep=DEEP)
 
 
-@deep_only
 @both
 @seeds
 @deep_limit
@@ -210,7 +207,6 @@ def test_while_a_database_is_taken_in(
     replay.run(record(script, scratch, start, n=4), seed=seed, deep=DEEP)
 
 
-@deep_only
 @both
 @seeds
 @deep_limit
@@ -232,7 +228,6 @@ def _lose_the_tail(script: Script, scratch: Path) -> tuple[Image, dict[str, Obje
     return cut_off_wal(image), objects
 
 
-@deep_only
 @both
 @seeds
 @deep_limit
@@ -257,11 +252,10 @@ def test_while_a_database_is_rolled_forward(
     replay.run(recording, seed=seed, deep=DEEP)
 
 
-@deep_only
 @both
 @seeds
 @deep_limit
-@pytest.mark.parametrize("life", LIVES if DEEP else ["gates"])
+@pytest.mark.parametrize("life", LIVES)
 def test_after_a_second_power_cut(
     life: str, synchronous: str, seed: int, scratch: Path, replay: Replay
 ) -> None:
@@ -281,13 +275,11 @@ _FOR_MUTANTS = Script(
 )
 
 
-@deep_only
 def test_nothing_is_noticed_where_nothing_is_broken(scratch: Path) -> None:
     """What the mutants are measured with passes without them."""
     Replay().run(record(_FOR_MUTANTS, scratch))
 
 
-@deep_only
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_what_is_broken_is_noticed(mutant: str, scratch: Path) -> None:
     """A sync left out, an early acknowledgement and an unpublished frame each break a promise."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -196,6 +197,8 @@ class Image:
                     continue
                 path = os.path.join(folder, name)
                 status = os.stat(path)
+                if not stat.S_ISREG(status.st_mode):
+                    continue  # a pipe of a process that had no time to remove it
                 if identities is not None:
                     status = identities.translate(status)
                 content = Path(path).read_bytes()

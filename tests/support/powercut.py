@@ -27,11 +27,13 @@ from pathlib import Path
 from typing import Final
 
 import apsw
+import pytest
 
 import walship
 from support.databases import assert_same_bytes
 from support.disk import Disk, Identities, Image, Left, Operation, Stored
 from support.history import History, NotAPrefix
+from support.inline import inline_pools
 from support.memory import MemoryStore, Object
 from support.recorder import (
     DATABASE,
@@ -155,11 +157,14 @@ class Replay:
     Attributes:
         litestream: the real program, to restore with too.
         litestream_every: after how many images it is run.
+        every: what is not certain is looked at after each so-manieth operation; what is certain
+            after each.
         images: disks that were opened so far.
     """
 
     litestream: Path | None = None
     litestream_every: int = 100
+    every: int = 1
     images: int = 0
 
     def run(self, recording: Recording, *, seed: int = 0, deep: bool = False) -> None:
@@ -175,7 +180,7 @@ class Replay:
         whole = _Whole.of(recording)
         seen: set[tuple[object, ...]] = set()
         for index, moment in enumerate(_moments(recording)):
-            for left in _choices(index, seed, deep):
+            for left in self._choices(index, seed, deep):
                 self._cut(recording, whole, moment, index, left, seed, seen)
 
     def again(self, recording: Recording, index: int, left: Left, seed: int) -> None:
@@ -185,6 +190,14 @@ class Replay:
             if at == index:
                 self._cut(recording, whole, moment, index, left, seed, set())
                 return
+
+    def _choices(self, index: int, seed: int, deep: bool) -> list[Left]:
+        others = [left for left in Left if left is not Left.NOTHING]
+        if index % self.every != seed % self.every:
+            return [Left.NOTHING]
+        if deep:
+            return [Left.NOTHING, *others]
+        return [Left.NOTHING, random.Random(f"{seed}/{index}").choice(others)]
 
     def _cut(
         self,
@@ -205,7 +218,9 @@ class Replay:
         seen.add(case)
         self.images += 1
         try:
-            self._check(recording, whole, moment, image, objects)
+            with pytest.MonkeyPatch.context() as patch:
+                inline_pools(patch)
+                self._check(recording, whole, moment, image, objects)
         except Exception as error:
             last = _tell(recording.events[index - 1]) if index else "the start"
             raise Violation(
@@ -301,13 +316,6 @@ def scratch_directory() -> contextlib.AbstractContextManager[str]:
 
 
 # -- choices, and what is told of them ------------------------------------------------------------
-
-
-def _choices(index: int, seed: int, deep: bool) -> list[Left]:
-    others = [left for left in Left if left is not Left.NOTHING]
-    if deep:
-        return [Left.NOTHING, *others]
-    return [Left.NOTHING, random.Random(f"{seed}/{index}").choice(others)]
 
 
 def _left(

@@ -51,10 +51,10 @@ from support.memory import MemoryStore, Object
 from walship.replica import capture, host, spool, uploader
 from walship.replica.files import Files
 from walship.replica.frames import WalReader
+from walship.replica.sender import Sender
 from walship.replica.spool import Spool
 from walship.replica.sqlite import Published, SpoolError, SqlitePort
 from walship.replica.store import local
-from walship.replica.uploader import Uploader
 from walship.vfs import files, replicating
 from walship.vfs.registry import canonical, registry
 
@@ -290,11 +290,12 @@ class _Recorder:
         return os.path.join(self._root, path)
 
     def _path(self, path: Any) -> str | None:
-        """Relative to the root; None for what is elsewhere or not recorded."""
+        """Relative to the root; None for what is elsewhere or not recorded: pipes are nothing after
+        a power cut."""
         if isinstance(path, int):
             return None
         full = os.path.abspath(os.fsdecode(path))
-        if not full.startswith(self._root + os.sep) or full.endswith("-shm"):
+        if not full.startswith(self._root + os.sep) or full.endswith(("-shm", ".fifo")):
             return "" if full == self._root else None
         return full[len(self._root) + 1 :]
 
@@ -789,15 +790,16 @@ def _keep_directories_unsynced() -> None:
 
 
 def _acknowledge_early() -> None:
-    put = Uploader._put
+    create = Sender._create
     waiting: list[tuple[Any, ...]] = []
 
-    def late(self: Any, key: str, body: Any, sealed: Any) -> None:
+    def late(self: Any, sealed: Any, body: Any) -> float:
         if waiting:
-            put(self, *waiting.pop())
-        waiting.append((key, body.read_bytes() if isinstance(body, Path) else body, sealed))
+            create(self, *waiting.pop())
+        waiting.append((sealed, body.read_bytes() if isinstance(body, Path) else body))
+        return float("-inf")
 
-    Uploader._put = late  # type: ignore[method-assign]
+    Sender._create = late  # type: ignore[method-assign]
 
 
 def _ship_unpublished() -> None:
