@@ -22,7 +22,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, NamedTuple, TypeVar
 
@@ -93,14 +93,12 @@ class Applied:
         commit: size of the database in pages.
         pages_decoded: pages decompressed; those of segments fetched whole count all.
         pages_written: pages written, each once.
-        origin: of the history that the newest segment belongs to; 0 if it does not say.
     """
 
     page_size: int
     commit: int
     pages_decoded: int
     pages_written: int
-    origin: int = 0
 
 
 class Fetcher:
@@ -205,7 +203,6 @@ class _Apply:
         self._verify_full = verify_full
         self._on_written = on_written
         self._pages: _Pages | None = None
-        self._origin = 0
 
     def run(self) -> Applied:
         upcoming = iter(reversed(self._segments))
@@ -243,7 +240,7 @@ class _Apply:
         if self._pages is None:
             raise FormatError("no segment to apply")
         self._pages.require_complete()
-        return replace(self._pages.applied(), origin=self._origin)
+        return self._pages.applied()
 
     def _scanner(self, segment: SegmentInfo) -> _Scanner:
         return _Scanner(segment, self._accept)
@@ -263,7 +260,6 @@ class _Apply:
                     f"its header claims {header.commit} pages, the replica can hold {pages_max}"
                 )
             self._pages = _Pages(self._fd, header.page_size, header.commit, self._on_written)
-            self._origin = header.node_id
         elif self._pages.page_size != header.page_size:
             raise FormatError(
                 f"its page size is {header.page_size}, that of newer segments"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from .errors import FormatError
-from .format.ltx import Decoder, Header, Source
+from .format.ltx import Decoder, Source
 from .listing import Live, list_replica, live_segments
 from .plan import plan_from
 from .store.base import ObjectStore, SegmentInfo, list_segments
@@ -40,7 +40,6 @@ class CaughtUp:
         page_size: bytes; 0 if nothing was missing.
         commit: size of the database in pages; 0 if nothing was missing.
         n_segments: how many were applied.
-        origin: of the history they belong to; 0 if nothing was missing or nobody knows.
     """
 
     txid: int
@@ -48,11 +47,10 @@ class CaughtUp:
     page_size: int
     commit: int
     n_segments: int
-    origin: int
 
 
 def catch_up(
-    store: ObjectStore, path: Path, txid: int, begin: Callable[[], None], *, origin: int
+    store: ObjectStore, path: Path, txid: int, begin: Callable[[], None]
 ) -> CaughtUp | None:
     """Apply to a file everything the replica has behind a TXID; durable when this returns.
 
@@ -61,14 +59,13 @@ def catch_up(
         path: a database file that holds the state at ``txid``.  No ``-wal`` belongs to it, and
             nobody has it open.
         begin: called before the file is changed.
-        origin: of the history that the file belongs to; 0 if nobody knows.
 
     Returns:
         None if the newest state cannot be reached from there: what leads to it was compacted into
         snapshots.  The file was not changed then.
 
     Raises:
-        FormatError: a segment is damaged, or of another history; the file may be changed in part.
+        FormatError: a segment is damaged; the file may be changed in part.
         StoreError: from the store; the file may be changed in part.
         OSError: the file could not be written.
     """
@@ -81,25 +78,19 @@ def catch_up(
     if segments is None:
         return None
     if not segments:
-        return CaughtUp(txid, "", 0, 0, 0, 0)
+        return CaughtUp(txid, "", 0, 0, 0)
     begin()
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         with ThreadPoolExecutor(_AHEAD, thread_name_prefix="walship-catch-up") as pool:
             for segment, source in fetched(pool, store, segments):
-                header = _apply(segment, source, fd, origin)
-                origin = origin or header.node_id
-        os.ftruncate(fd, header.commit * header.page_size)
+                page_size, commit = _apply(segment, source, fd)
+        os.ftruncate(fd, commit * page_size)
         fsync_file(fd)
     finally:
         os.close(fd)
     return CaughtUp(
-        segments[-1].max_txid,
-        live.sha256(segments[-1]),
-        header.page_size,
-        header.commit,
-        len(segments),
-        origin,
+        segments[-1].max_txid, live.sha256(segments[-1]), page_size, commit, len(segments)
     )
 
 
@@ -140,14 +131,12 @@ def _ranges(store: ObjectStore, segment: SegmentInfo) -> Callable[[int], bytes]:
     return read
 
 
-def _apply(segment: SegmentInfo, source: Source, fd: int, origin: int) -> Header:
-    """Write one segment's pages; its header."""
+def _apply(segment: SegmentInfo, source: Source, fd: int) -> tuple[int, int]:
+    """Write one segment's pages; its page size and commit."""
     decoder = Decoder(source, name=segment.key, chunk_bytes=_RANGE_BYTES)
     header = decoder.header
     if (header.min_txid, header.max_txid) != (segment.min_txid, segment.max_txid):
         raise FormatError(f"{segment.key}: it holds other TXIDs than its name says")
-    if header.is_foreign(origin):
-        raise FormatError(f"{segment.key}: it is of another history")
     for pgno, page in decoder:
         os.pwrite(fd, page, (pgno - 1) * header.page_size)
-    return header
+    return header.page_size, header.commit

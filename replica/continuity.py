@@ -40,7 +40,7 @@ from .pagemap import History
 from .record import page_size_changed
 from .restore import restore
 from .sender import has_sha256, same_bytes
-from .spool import State, new_lineage, new_origin
+from .spool import State, new_lineage
 from .store.base import ObjectStore, SegmentInfo, list_segments, segment_key
 
 __all__ = ["CATCHING_UP", "reconcile"]
@@ -88,7 +88,7 @@ def reconcile(
     else:
         head = replica_head(store)
         if head is None:
-            _start(capture, store, None, "first copy to this replica")
+            _start(capture, store, 0, "first copy to this replica")
             return
     _take_over(capture, store, clock, head, adopt)
 
@@ -117,7 +117,7 @@ def _catch_up(capture: Capture, store: ObjectStore, clock: Clock) -> None:
     caught_up: CaughtUp | None = None
     if capture.state.resync != CATCHING_UP and not _was_replaced(store, capture.state):
         try:
-            caught_up = catch_up(store, path, before, begin, origin=capture.state.origin)
+            caught_up = catch_up(store, path, before, begin)
         except FormatError as error:
             log.error("%s: %s", path.name, error)
         if caught_up is not None and not caught_up.n_segments:
@@ -131,7 +131,6 @@ def _catch_up(capture: Capture, store: ObjectStore, clock: Clock) -> None:
             result.page_size,
             result.commit,
             result.n_segments,
-            result.origin,
         )
     log.info(
         "%s: caught up with the replica from txid %s to %s",
@@ -139,13 +138,7 @@ def _catch_up(capture: Capture, store: ObjectStore, clock: Clock) -> None:
         format_txid(before),
         format_txid(caught_up.txid),
     )
-    capture.record.restored(
-        caught_up.txid,
-        caught_up.sha256,
-        caught_up.page_size,
-        caught_up.commit,
-        origin=caught_up.origin,
-    )
+    capture.record.restored(caught_up.txid, caught_up.sha256, caught_up.page_size, caught_up.commit)
 
 
 def _was_replaced(store: ObjectStore, state: State) -> bool:
@@ -179,7 +172,7 @@ def _check_own_record(capture: Capture, store: ObjectStore) -> SegmentInfo | Non
         )
         if left is not None:
             _check_page_size(capture, store, left.key)
-        _start(capture, store, left, "the replica has lost objects")
+        _start(capture, store, txid, "the replica has lost objects")
         return None
     if all(info.max_txid == known for info in newer):
         if newer and known == state.txid and not _is_recorded(store, newer[0], state):
@@ -246,10 +239,10 @@ def _check_suspicion(capture: Capture, store: ObjectStore, adopt: bool) -> None:
     )
 
 
-def _start(capture: Capture, store: ObjectStore, head: SegmentInfo | None, reason: str) -> None:
-    """Begin a lineage of our own behind the newest segment, if there is one, with a full copy."""
+def _start(capture: Capture, store: ObjectStore, txid: int, reason: str) -> None:
+    """Begin a lineage of our own behind ``txid`` with a full copy."""
     capture.record.require_full_copy(reason)
-    _adopt_head(capture, store, head)
+    _adopt_head(capture, store, txid)
 
 
 def _check_page_size(capture: Capture, store: ObjectStore, key: str) -> None:
@@ -267,10 +260,8 @@ def _check_page_size(capture: Capture, store: ObjectStore, key: str) -> None:
 
 
 def _adopt_head(
-    capture: Capture, store: ObjectStore, head: SegmentInfo | None, lineage: str | None = None
+    capture: Capture, store: ObjectStore, txid: int, lineage: str | None = None
 ) -> None:
-    txid = 0 if head is None else head.max_txid
-    origin = new_origin() if head is None else _origin(store, head)
     with capture.mutex:
         capture.record.begin(
             replace(
@@ -280,17 +271,8 @@ def _adopt_head(
                 txid=txid,
                 sha256="",
                 acked_txid=txid,
-                origin=origin,
             )
         )
-
-
-def _origin(store: ObjectStore, head: SegmentInfo) -> int:
-    """The number of the history that a segment belongs to, which goes on; 0 if it does not say."""
-    try:
-        return Header.unpack(store.get(head.key, 0, HEADER_SIZE)).node_id
-    except (ObjectNotFound, FormatError):
-        return 0
 
 
 def _take_over(
@@ -302,10 +284,10 @@ def _take_over(
         if _goes_on_from_head(capture, store, clock, head):
             return
         if _litestream_has(capture.path, store, head):
-            _start(capture, store, head, "taken over from Litestream")
+            _start(capture, store, head.max_txid, "taken over from Litestream")
             return
     if adopt:
-        _start(capture, store, head, "adopted")
+        _start(capture, store, head.max_txid, "adopted")
         return
     known = state.lineage and state.replica == store.url
     mine = f"its record ends at txid {format_txid(state.txid)}" if known else "it has no record"
@@ -341,7 +323,7 @@ def _goes_on_from_head(
         )
         history = History(new_lineage(), store.url)
         capture.resync.describe(path, history, head.max_txid, result.page_size)
-        _adopt_head(capture, store, head, history.lineage)
+        _adopt_head(capture, store, head.max_txid, history.lineage)
         return True
     finally:
         path.unlink(missing_ok=True)

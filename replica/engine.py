@@ -1037,7 +1037,6 @@ class _Restored:
                 adopt=before.adopt,
                 txid=result.txid,
                 sha256=result.source.sha256,
-                origin=result.origin,
                 acked_txid=result.txid,
                 restored_txid=result.txid,
                 commit=result.commit,

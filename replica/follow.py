@@ -93,7 +93,6 @@ class _Note:
         segment: the segment of level 0 that ends at ``txid``, by what the listing shows of it;
             empty if nobody knows.
         sha256: digest of that segment; empty if nobody knows.
-        origin: of the history that the copy belongs to; 0 if nobody knows.
     """
 
     txid: int
@@ -102,7 +101,6 @@ class _Note:
     mark: FileMark | None = None
     segment: str = ""
     sha256: str = ""
-    origin: int = 0
 
     def pack(self) -> bytes:
         facts = {
@@ -111,7 +109,6 @@ class _Note:
             "mark": self.mark,
             "segment": self.segment,
             "sha256": self.sha256,
-            "origin": self.origin,
         }
         return f"{format_txid(self.txid)}\n{json.dumps(facts)}\n".encode()
 
@@ -134,13 +131,7 @@ class _Note:
             )
             mark = None if facts["mark"] is None else FileMark(*map(int, facts["mark"]))
             return cls(
-                txid,
-                int(facts["to"]),
-                ends,
-                mark,
-                str(facts["segment"]),
-                str(facts["sha256"]),
-                int(facts.get("origin", 0)),
+                txid, int(facts["to"]), ends, mark, str(facts["segment"]), str(facts["sha256"])
             )
         except (ValueError, TypeError, KeyError, IndexError) as error:
             raise FormatError(f"not a note of walship's: {error}") from None
@@ -420,7 +411,6 @@ class Follower:
                 ends=(self._end,),
                 segment="" if last.level else _identity(self.store, last),
                 sha256=live.sha256(last),
-                origin=decoder.header.node_id or self.note.origin,
             )
         )
         if self.copy.trim():
@@ -432,8 +422,6 @@ class Follower:
         header = decoder.header
         if (header.min_txid, header.max_txid) != (segment.min_txid, segment.max_txid):
             raise FormatError(f"{segment.key}: it holds other TXIDs than its name says")
-        if header.is_foreign(self.note.origin):
-            raise self._was_reset(segment.max_txid)
         if header.page_size != self.copy.page_size:
             raise ContinuityError(
                 f"{segment.key} has pages of {header.page_size} bytes, {self.output} has pages of"
@@ -590,7 +578,6 @@ def _first_note(store: ObjectStore, result: RestoreResult) -> _Note:
         mark=FileMark.of(os.stat(result.output)),
         segment="" if last.level else _identity(store, last),
         sha256=result.source.sha256,
-        origin=result.origin,
     )
 
 
@@ -679,7 +666,7 @@ def _resolved(output: Path, note: _Note, end: LogEnd) -> tuple[_Note, int]:
         return note, 0
     if end.n_frames and end in note.ends:
         if end == note.ends[-1]:
-            return _Note(note.to, ends=(end,), origin=note.origin), 0
+            return _Note(note.to, ends=(end,)), 0
         return replace(note, to=0, ends=(end,)), 0
     return note, note.to
 

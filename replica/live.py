@@ -62,14 +62,12 @@ class Live:
     Attributes:
         txid: the state that it is.
         timestamp_ms: when that was committed, ms since the epoch.
-        origin: of the replica's history; 0 if nobody knows.
         page_size: bytes.
         commit: size in pages.
     """
 
     txid: int
     timestamp_ms: int
-    origin: int
     page_size: int
     commit: int
     _wal: WalReader
@@ -356,7 +354,6 @@ class _Files:
         return Live(
             state.txid,
             state.timestamp_ms,
-            state.origin,
             state.page_size,
             state.commit,
             self._wal,

@@ -213,12 +213,11 @@ class Record:
             and self.wal.header() is None
         )
 
-    def restored(self, txid: int, sha256: str, page_size: int, commit: int, *, origin: int) -> None:
+    def restored(self, txid: int, sha256: str, page_size: int, commit: int) -> None:
         """Record that the main file holds the replica's state at a TXID, and there is no WAL.
 
         Args:
             sha256: of the replica's segment that ends there, hex; empty if it is not known.
-            origin: of the replica's history; 0 if nobody knows.
         """
         with self.mutex:
             after = replace(
@@ -227,7 +226,6 @@ class Record:
                 acked_txid=txid,
                 restored_txid=txid,
                 sha256=sha256,
-                origin=origin,
                 page_size=page_size,
                 commit=commit,
                 wal_gone=True,

@@ -102,7 +102,6 @@ class RestoreResult:
         duration_s: seconds from listing to completion.
         integrity_check: the check that was passed, or "none".
         source: the segments that were used.
-        origin: number of the history that they belong to; 0 if nobody knows.
         warnings: sentences about what was left out.
     """
 
@@ -117,7 +116,6 @@ class RestoreResult:
     duration_s: float
     integrity_check: IntegrityMode
     source: Source
-    origin: int = 0
     warnings: tuple[str, ...] = ()
 
 
@@ -323,7 +321,6 @@ def _fill(
         duration_s=0.0,
         integrity_check="none",
         source=source,
-        origin=applied.origin,
         warnings=warnings,
     )
 

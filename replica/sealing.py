@@ -215,7 +215,6 @@ class Sealer:
             wal_offset=WAL_HEADER_SIZE,
             wal_size=0,
             salts=salts,
-            node_id=self._record.state.origin,
         )
 
     def encode(

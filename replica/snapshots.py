@@ -81,7 +81,6 @@ def _write(job: Merge, live: Live, files: Files) -> str:
             min_txid=1,
             max_txid=job.max_txid,
             timestamp_ms=job.timestamp_ms,
-            node_id=live.origin,
         )
         encoder = Encoder(write, header, job.encoding)
         for first, run in live.page_runs():

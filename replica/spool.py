@@ -168,7 +168,6 @@ class State:
         sha256: of the segment with that TXID, hex; empty if it is not known.
         acked_txid: highest TXID known to be in the replica.
         restored_txid: the one that a restore has made the main file from; 0 without.
-        origin: number of the replica's history, which all its segments carry; 0 if nobody knows.
         full_txid: of the newest full copy; nothing older is needed to restore that.  0 without.
         position: up to where the WAL is sealed; None: only a full copy can come next.
         previous: where the WAL was drained when the last gate let it go, until the new one shows.
@@ -202,7 +201,6 @@ class State:
     sha256: str = ""
     acked_txid: int = 0
     restored_txid: int = 0
-    origin: int = 0
     full_txid: int = 0
     position: WalPosition | None = None
     previous: WalPosition | None = None
@@ -260,7 +258,6 @@ def _scalars(state: State) -> dict[str, Any]:
         "sha256": state.sha256,
         "acked_txid": state.acked_txid,
         "restored_txid": state.restored_txid,
-        "origin": state.origin,
         "full_txid": state.full_txid,
         "position": state.position and state.position.to_json(),
         "previous": state.previous and state.previous.to_json(),
@@ -292,7 +289,6 @@ def _with_scalars(state: State, meta: dict[str, Any]) -> State:
         sha256=meta["sha256"],
         acked_txid=meta["acked_txid"],
         restored_txid=meta.get("restored_txid", 0),
-        origin=meta.get("origin", 0),
         full_txid=meta.get("full_txid", 0),
         position=WalPosition.from_json(position) if position else None,
         previous=WalPosition.from_json(previous) if previous else None,
@@ -943,8 +939,3 @@ def _local_errors(directory: Path) -> Iterator[None]:
 def new_lineage() -> str:
     """A fresh id for a replica's history: 32 hex digits."""
     return uuid.uuid4().hex
-
-
-def new_origin() -> int:
-    """The number for a replica that has nothing yet: 1 to 2**60."""
-    return int(new_lineage()[:15], 16) + 1

@@ -152,8 +152,7 @@ class Header:
         wal_offset: byte offset in the source WAL where the range began; 0 for "no WAL".
         wal_size: bytes of that range.
         salts: salts of that WAL.
-        node_id: number of the replica's history that the file belongs to; 0 if it does not say, as
-            all files of Litestream's.
+        node_id: free for use; Litestream writes 0.
         flags: bit 1 (value 2) means that no database checksums are kept.
         pre_apply_checksum: database checksum before the file; 0 with flag 2 and in snapshots.
     """
@@ -174,13 +173,6 @@ class Header:
     def is_snapshot(self) -> bool:
         """Whether the file must hold the complete database."""
         return self.min_txid == 1
-
-    def is_foreign(self, origin: int) -> bool:
-        """Whether the file belongs to another history than the one with this number.
-
-        What does not say, or is compared with 0, belongs to none.
-        """
-        return bool(origin and self.node_id and origin != self.node_id)
 
     @property
     def tracks_checksums(self) -> bool:

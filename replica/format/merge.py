@@ -51,8 +51,8 @@ def merged_header(
 ) -> Header:
     """The header of the merge of files with these headers, oldest first.
 
-    TXIDs span the inputs, commit size, timestamp and node id are the last input's, and there are no
-    WAL coordinates, unless something else is asked for.
+    TXIDs span the inputs, commit size and timestamp are the last input's, and there are no WAL
+    coordinates, unless something else is asked for.
     """
     first, last = headers[0], headers[-1]
     return Header(
@@ -64,7 +64,6 @@ def merged_header(
         wal_offset=wal_offset,
         wal_size=wal_size,
         salts=salts,
-        node_id=last.node_id,
     )
 
 

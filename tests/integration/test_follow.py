@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -22,8 +21,6 @@ from support.databases import Database, assert_same_bytes
 from support.faulty import FaultyStore
 from support.history import History
 from support.replicas import golden_copy, local_store, manifest, sha256, write_segment
-from walship import cli
-from walship.replica.catchup import catch_up
 from walship.replica.clock import SystemClock
 from walship.replica.errors import (
     ContinuityError,
@@ -37,7 +34,6 @@ from walship.replica.format.ltx import Encoder, Header
 from walship.replica.format.merge import MergeInput, merge
 from walship.replica.format.types import format_segment_name
 from walship.replica.restore import restore
-from walship.replica.spool import state_directory
 from walship.replica.store.local import LocalStore
 
 CLOCK = SystemClock()
@@ -108,7 +104,6 @@ class Source:
             max_txid=txid,
             timestamp_ms=CLOCK.now_ms(),
             wal_offset=32,
-            node_id=made.origin,
         )
         with target.open("wb") as file:
             encoder = Encoder(file.writelines, header)
@@ -489,65 +484,6 @@ def test_a_replica_that_was_reset_is_noticed(source: Source, copied: Path, tmp_p
         other.connection.close(True)
     assert copied.read_bytes() == before
     assert update(store, copied, clock=CLOCK).n_segments == 0
-
-
-@pytest.mark.parametrize("through", ["a level", "a snapshot"])
-def test_a_replica_that_was_begun_anew_and_outgrew_the_copy_is_noticed(
-    source: Source, copied: Path, tmp_path: Path, through: str
-) -> None:
-    """Nothing is left there of the TXIDs that the copy has seen, and what leads on covers them."""
-    if through == "a level":  # else it is what a restore has made
-        update(local_store(source.root), copied, clock=CLOCK)
-    txid = int(note_path(copied).read_text()[:16], 16)
-    before = copied.read_bytes()
-    other = Source(tmp_path / "other")
-    try:
-        last = other.write(txid + 10)
-        if through == "a level":
-            other.compact(1, txid - 1, txid + 6)
-        else:
-            other.snapshot(tmp_path, txid + 6)
-            for gone in range(1, txid + 7):
-                other.segment(0, gone, gone).unlink()
-        assert last > txid + 6
-        with pytest.raises(ContinuityError, match=r"not the one that .* was restored from"):
-            update(local_store(other.root), copied, clock=CLOCK)
-        assert copied.read_bytes() == before
-        if through == "a level":
-            with pytest.raises(FormatError, match="another history"):
-                catch_up(local_store(other.root), copied, txid, lambda: None, origin=1)
-            assert copied.read_bytes() == before
-    finally:
-        other.connection.close(True)
-
-
-@pytest.mark.parametrize("how", ["restored", "missing", "reset"])
-def test_whoever_goes_on_with_a_replica_goes_on_with_its_history(
-    source: Source, copied: Path, tmp_path: Path, how: str
-) -> None:
-    """Another machine has taken over, or the database was reset: the copy follows."""
-    source.connection.close(True)
-    (tmp_path / "successor").mkdir()
-    successor = Database(tmp_path / "successor")
-    successor.replica = source.root
-    if how == "restored":
-        restore(local_store(source.root), successor.path, clock=CLOCK)
-    elif how == "reset":
-        source.database.path.rename(successor.path)
-        shutil.move(state_directory(source.database.path), state_directory(successor.path))
-        assert cli.main(["reset", str(successor.path)]) == 0
-    more = {"restore_if_db_not_exists": True} if how == "missing" else {}
-    with successor.opened(**more) as connection:
-        start = update(local_store(source.root), copied, clock=CLOCK).txid
-        for _ in range(20):
-            connection.execute("CREATE TABLE IF NOT EXISTS more (x)")
-            connection.execute("INSERT INTO more VALUES (randomblob(500))")
-            last = successor.sync()
-    source.compact(1, start - 1, start + 6)
-    source.compact(1, start + 7, last)
-    step = update(local_store(source.root), copied, clock=CLOCK)
-    assert step.txid == last
-    assert_restored(source.root, copied, last, tmp_path)
 
 
 def test_files_without_a_note_are_left_alone(source: Source, tmp_path: Path) -> None:
