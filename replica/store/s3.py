@@ -1,4 +1,4 @@
-"""Objects in an S3-compatible store, through boto3; the only module that imports it.
+"""Objects in an S3-compatible store, through boto3; with `lean` the only module that imports it.
 
 One request per call: the SDK's own retries are off, so that an unclear answer to a create-only
 write is never repeated behind the caller's back (``retrying.RetryingStore`` repeats, and tells).
@@ -37,7 +37,8 @@ from typing import IO, TYPE_CHECKING, Any, Final, TypeVar, cast
 import boto3.session
 import botocore.exceptions as boto_errors
 from botocore.config import Config
-from botocore.parsers import DEFAULT_TIMESTAMP_PARSER
+from botocore.credentials import Credentials
+from botocore.parsers import DEFAULT_TIMESTAMP_PARSER, ResponseParserError
 from botocore.session import get_session
 from urllib3.exceptions import HTTPError
 
@@ -51,12 +52,12 @@ from walship.replica.errors import (
 )
 
 from .base import Body, ObjectInfo, Version
+from .lean import LeanClient
 from .settings import S3Settings
 from .timestamps import TIMESTAMP_METADATA, format_timestamp
 
 if TYPE_CHECKING:
     from botocore.awsrequest import AWSRequest
-    from botocore.credentials import Credentials
     from mypy_boto3_s3.client import S3Client
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef, GetObjectOutputTypeDef
 
@@ -163,7 +164,7 @@ class _Body:
 
 @dataclass(frozen=True, slots=True)
 class _Connection:
-    """A client and the keys it signs with: None if they are in the settings, or nowhere."""
+    """A client and the keys it signs with: None if there are none."""
 
     client: S3Client
     credentials: Credentials | None
@@ -710,9 +711,10 @@ class S3Store:
             raise self._refused(action, key, code, details.get("Message", ""), status) from error
         except boto_errors.BotoCoreError as error:
             raise self._failed(action, key, error) from error
-        except _UnusableAnswer as error:
+        except (_UnusableAnswer, ResponseParserError) as error:
+            said = _one_line(error)[:200]  # the SDK quotes all that came
             raise self._unavailable(
-                action, key, f"unusable answer: {error}", "UnusableAnswer"
+                action, key, f"unusable answer: {said}", "UnusableAnswer"
             ) from error
         except (OSError, HTTPError) as error:  # bodies are read from urllib3 itself
             raise self._unavailable(action, key, _one_line(error), type(error).__name__) from error
@@ -820,7 +822,7 @@ class S3Store:
                 boto_errors.HTTPClientError,
                 boto_errors.IncompleteReadError,
             ),
-        ) or code in ("ResponseParserError", "ResponseStreamingError"):
+        ):
             return self._unavailable(action, key, text, code)
         return StoreError(f"{what}: {text}", code=code)
 
@@ -851,9 +853,8 @@ def _connect(settings: S3Settings, sent: Callable[[str], None] | None) -> _Conne
     try:
         core = get_session()
         # Listings spend most of their time in the general date parser.
-        core.get_component("response_parser_factory").set_parser_defaults(
-            timestamp_parser=_parse_date
-        )
+        parsers = core.get_component("response_parser_factory")
+        parsers.set_parser_defaults(timestamp_parser=_parse_date)
         session = boto3.session.Session(profile_name=settings.profile, botocore_session=core)
         client = session.client(
             "s3",
@@ -892,8 +893,15 @@ def _connect(settings: S3Settings, sent: Callable[[str], None] | None) -> _Conne
         events.register("before-call.s3.DeleteObjects", _add_content_md5)
     if sent is not None:
         events.register("before-send.s3", _telling(sent))
-    static = settings.access_key_id is not None
-    return _Connection(client, None if static else session.get_credentials())
+    credentials: Credentials | None
+    if settings.access_key_id is not None and settings.secret_access_key is not None:
+        credentials = Credentials(
+            settings.access_key_id, settings.secret_access_key, settings.session_token
+        )
+    else:
+        credentials = session.get_credentials()
+    lean = LeanClient(client, credentials, parsers.create_parser("rest-xml"), sent)
+    return _Connection(cast("S3Client", lean), credentials)
 
 
 def _telling(sent: Callable[[str], None]) -> Callable[..., None]:
@@ -929,7 +937,10 @@ def _parse_date(text: Any) -> datetime:
             return datetime.fromisoformat(text)
         except ValueError:
             pass
-    parsed: datetime = DEFAULT_TIMESTAMP_PARSER(text)
+    try:
+        parsed: datetime = DEFAULT_TIMESTAMP_PARSER(text)
+    except ValueError as error:
+        raise _UnusableAnswer(_one_line(error)) from error
     return parsed
 
 

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ from support.recording import (
     recording_endpoint,
     self_signed,
 )
+from support.signing import authorization, constant
 from walship.replica.config import load_config, parse_replica
 from walship.replica.store.base import ObjectStore
+from walship.replica.store.lean import LeanClient
 from walship.replica.store.opening import open_store
 from walship.replica.store.settings import S3Settings
 
@@ -276,6 +278,43 @@ def test_every_request_to_a_provider(
     for request in endpoint.requests:
         check(request, provider)
     assert settings.concurrency == provider.parts
+
+
+@pytest.mark.parametrize("sse", [False, True], ids=["plain", "SSE-C"])
+@pytest.mark.parametrize("provider", PROVIDERS, ids=IDS)
+def test_the_short_way_to_a_provider(
+    provider: Provider,
+    sse: bool,
+    endpoint: RecordingEndpoint,
+    certificate: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What goes without boto3 is what boto3 sends, with the signature that botocore works out."""
+    short: list[str] = []
+    original = LeanClient._short
+
+    def counted(self: LeanClient, operation: str, *rest: Any) -> Any:
+        short.append(operation)
+        return original(self, operation, *rest)
+
+    monkeypatch.setattr(LeanClient, "_short", counted)
+    endpoint.address = provider.address
+    settings = replica_settings(provider, certificate)
+    if sse:
+        settings = replace(settings, sse_customer_key=bytes(range(32)), storage_class="STANDARD_IA")
+    with contextlib.closing(open_store(settings, FakeClock())) as store:
+        for number in range(3):
+            key = f"0000/{number}.ltx"
+            store.put(key, key.encode(), timestamp_ms=1_736_000_000_120, if_absent=True)
+            assert store.get(key, 1, 3) == key.encode()[1:4]
+            assert store.head(key).size_bytes == len(key)
+    assert short == ["PutObject", "GetObject", "HeadObject"]
+    for method in ("PUT", "GET", "HEAD"):
+        *_, whole, lean = (request for request in endpoint.requests if request.method == method)
+        check(lean, provider)
+        assert lean.path == whole.path.replace("1.ltx", "2.ltx")
+        assert constant(lean) == constant(whole)
+        assert lean.headers["authorization"] == authorization(lean, KEYS["AWS_SECRET_ACCESS_KEY"])
 
 
 def check(request: Request, provider: Provider) -> None:
