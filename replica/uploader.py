@@ -68,6 +68,8 @@ _JOIN_S: Final = 0.5
 MERGE_PIECES: Final = 64
 #: While there is something to send, how often an older object is looked at: is it still ours?
 _LOOK_BACK_S: Final = 45.0
+#: Longest pause between two segments that somebody waits for, while one is in flight, seconds.
+_LONGEST_STRIDE_S: Final = 0.05
 #: In the place of a TXID: the merging and cleaning up of the replica.
 _TENDING: Final = -2
 
@@ -176,6 +178,8 @@ class Uploader:
         # The doorbell: set by commits without a lock, cleared before the WAL is looked at.
         self.dirty = False
         self._interrupted = False
+        # Somebody waits for what was committed since: as `dirty`, for those that ask.
+        self._asked = False
         self._wake = threading.Lock()
         self._wake.acquire()
         self._waits = Waits()
@@ -192,6 +196,7 @@ class Uploader:
         # Whose segment is under the TXID of our first slot.
         self._latecomer: Latecomer | None = None
         self._covered_ticket = 0
+        self._stride_s = 0.0
         self._dirty_since: float | None = None
         self._last_send = float("-inf")
         self._failures = 0
@@ -249,7 +254,9 @@ class Uploader:
         """
         future = self._waits.draw()
         self.dirty = True
-        self._poke()
+        if not self._asked:
+            self._asked = True
+            self._poke()
         return future
 
     def release_lease(self) -> Future[None]:
@@ -407,6 +414,9 @@ class Uploader:
         if len(self._slots) >= self._max_in_flight:
             self._merge_if_many()
             return TICK_S
+        if self._asked and self._slots and now < self._last_send + self._stride_s:
+            return self._last_send + self._stride_s - now
+        self._asked = False
         ticket = self._waits.ticket
         due = self._last_send + self._sync_interval_s
         wanted = ticket != self._covered_ticket or self._capture.more
@@ -427,6 +437,7 @@ class Uploader:
 
     def _follow(self, now: float) -> float:
         """Tell the leader what there is to do."""
+        self._asked = False
         error = self._refused()
         if error is not None:
             self._give_up(error, everywhere=False)
@@ -669,6 +680,8 @@ class Uploader:
             elif slot is not None:
                 slot.done = True
                 slot.began = outcome.began
+                if outcome.began is not None:
+                    self._note_duration(self._clock.monotonic() - outcome.began)
                 self._progress.uploads += 1
                 self._progress.upload_bytes += slot.sealed.size_bytes
                 self._progress.last_upload_ms = self._clock.now_ms()
@@ -676,6 +689,11 @@ class Uploader:
             self._acknowledge()
         if failed is not None:
             self._failed(failed)
+
+    def _note_duration(self, seconds: float) -> None:
+        """Spread the segments in flight evenly over the time that one takes."""
+        stride_s = min(seconds / self._max_in_flight, _LONGEST_STRIDE_S)
+        self._stride_s += (stride_s - self._stride_s) / 8
 
     def _acknowledge(self) -> None:
         """Count finished segments, in TXID order, without a gap, and under a proven lease."""

@@ -29,6 +29,7 @@ from .durable import make_durable
 from .registry import VFS_NAME, canonical, registry
 from .replicating import install
 from .services import services
+from .turns import Turns, turns_of
 
 __all__ = ["Connection", "Replication", "configure", "connect", "replication"]
 
@@ -39,7 +40,24 @@ ReplicaLike = str | os.PathLike[str] | Mapping[str, Any]
 
 
 class Connection(apsw.Connection):
-    """An ``apsw.Connection`` out of whose ``with`` block our own errors come as they are."""
+    """An ``apsw.Connection`` out of whose ``with`` block our own errors come as they are.
+
+    One whose commits wait for the replica queues with the others of this process for the write
+    lock, for as long as the busy timeout says; with ``PRAGMA busy_timeout`` it no longer does.
+    """
+
+    _turns: Turns | None = None
+
+    def set_busy_timeout(self, milliseconds: int) -> None:
+        if self._turns is None or milliseconds <= 0:
+            super().set_busy_timeout(milliseconds)
+        else:
+            self.set_busy_handler(self._turns.busy_handler(milliseconds / 1000))
+
+    def queue_with(self, turns: Turns, busy_timeout_s: float) -> None:
+        """Take part in a queue for the write lock from now on."""
+        self._turns = turns
+        self.set_busy_timeout(int(busy_timeout_s * 1000))
 
     def __exit__(
         self,
@@ -232,7 +250,9 @@ def connect(
         _prepare(connection, name, found.page_size, found.busy_timeout_s)
         if found.durability == "replica" and found.replica is not None:
             pages = found.min_checkpoint_page_count
-            make_durable(connection, pages, found.durability_timeout_s)
+            turns = turns_of(name)
+            connection.queue_with(turns, found.busy_timeout_s)
+            make_durable(connection, turns, pages, found.durability_timeout_s)
     except BaseException:
         connection.close(True)
         raise

@@ -20,6 +20,7 @@ from walship.replica.sqlite import RefusedError, refuse_asynchronous
 
 from .commits import collect
 from .registry import registry
+from .turns import Turns
 
 __all__ = ["DurableCursor", "durable", "make_durable", "wait_for"]
 
@@ -58,16 +59,20 @@ class DurableCursor(apsw.Cursor):
         wait_for(commits.take(), self.timeout)
 
 
-def make_durable(connection: apsw.Connection, checkpoint_pages: int, timeout: float) -> None:
+def make_durable(
+    connection: apsw.Connection, turns: Turns, checkpoint_pages: int, timeout: float
+) -> None:
     """Make every commit of a connection wait until the replica has it.
 
     Args:
+        turns: of its database.
         checkpoint_pages: WAL pages from which on a commit also checkpoints, as SQLite's
             ``wal_autocheckpoint``, whose place the hook takes.
         timeout: seconds before `NotYetReplicated`.
     """
 
     def committed(connection: apsw.Connection, name: str, n_pages: int) -> int:
+        turns.hand_on()
         if n_pages >= checkpoint_pages:
             with contextlib.suppress(apsw.BusyError, apsw.LockedError):  # the next commit tries
                 connection.wal_checkpoint(name, apsw.SQLITE_CHECKPOINT_PASSIVE)

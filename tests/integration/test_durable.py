@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import walship
 from support.databases import WAIT_S, Database, Stores, dump
 from walship import aio
 from walship.middleware import DurableASGI, DurableWSGI
+from walship.vfs import turns
 
 
 @pytest.fixture
@@ -186,6 +188,123 @@ def test_waiting_commits_share_segments(tmp_path: Path, stores: Stores) -> None:
     assert len(database.segments()) - before < 80
     database.assert_replica_equals_now()
     db.close()
+
+
+@pytest.fixture
+def asleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for the write lock goes on only when it is woken."""
+    monkeypatch.setattr(turns, "_PAUSES_S", (3600.0,))
+    monkeypatch.setattr(turns, "_BEHIND_S", 3600.0)
+
+
+@pytest.mark.usefixtures("asleep")
+@pytest.mark.parametrize("set_later", [False, True])
+def test_writers_wake_each_other(tmp_path: Path, set_later: bool) -> None:
+    """Writers that find the write lock taken queue, and each that has committed wakes the next, in
+    the order in which they came; whichever way the busy timeout was set."""
+    database = Database(tmp_path)
+    db = _ready(database, durability="replica")
+    queue = turns.turns_of(str(database.path))
+    order: list[int] = []
+
+    def work(number: int) -> None:
+        own = database.connect(durability="replica", busy_timeout=0.01 if set_later else 3600)
+        if set_later:
+            own.set_busy_timeout(3_600_000)
+        own.execute("BEGIN IMMEDIATE")
+        order.append(number)
+        own.execute("INSERT INTO t VALUES (?); COMMIT", (number,))
+        own.close()
+
+    db.execute("BEGIN IMMEDIATE; INSERT INTO t VALUES (0)")
+    threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(1, 4)]
+    for number, thread in enumerate(threads, 1):
+        thread.start()
+        _until(lambda number=number: len(queue._waiting) == number)  # type: ignore[misc]
+    db.execute("COMMIT")
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert order == [1, 2, 3]
+    assert db.execute("SELECT x FROM t").fetchall() == [(n,) for n in range(4)]
+    assert not queue._waiting
+    db.close()
+
+
+@pytest.mark.parametrize("timeout", [0, 0.05])
+def test_the_queue_ends_with_the_busy_timeout(tmp_path: Path, timeout: float) -> None:
+    """One that waited its busy timeout for the write lock gets BusyError, and leaves the queue."""
+    database = Database(tmp_path)
+    db = _ready(database, durability="replica")
+    other = database.connect(durability="replica", busy_timeout=timeout)
+    db.execute("BEGIN IMMEDIATE; INSERT INTO t VALUES (0)")
+    with pytest.raises(apsw.BusyError):
+        other.execute("INSERT INTO t VALUES (1)")
+    assert not turns.turns_of(str(database.path))._waiting
+    db.execute("COMMIT")
+    other.execute("INSERT INTO t VALUES (2)")
+    other.close()
+    db.close()
+
+
+@pytest.mark.parametrize("end", ["ROLLBACK", "COMMIT"])
+def test_a_lock_that_nobody_hands_on(tmp_path: Path, end: str) -> None:
+    """A writer that rolls back, or does not wait for the replica, wakes nobody: who waits looks."""
+    database = Database(tmp_path)
+    db = _ready(database)
+    holder = database.connect(durability="replica" if end == "ROLLBACK" else "async")
+    queue = turns.turns_of(str(database.path))
+
+    def work() -> None:
+        own = database.connect(durability="replica", busy_timeout=WAIT_S)
+        own.execute("INSERT INTO t VALUES (1)")
+        own.close()
+
+    holder.execute("BEGIN IMMEDIATE; INSERT INTO t VALUES (0)")
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    _until(lambda: bool(queue._waiting))
+    holder.execute(end)
+    for thread in threads:
+        thread.join()
+    assert db.execute("SELECT sum(x) FROM t").get == 3
+    holder.close()
+    db.close()
+
+
+def test_segments_in_flight_are_spread(tmp_path: Path, stores: Stores) -> None:
+    """While a segment is in flight the next one gathers commits for a share of the time that one
+    takes, although it could go at once; when nothing is in flight any more it goes."""
+    database = Database(tmp_path)
+    db = _ready(database)
+    uploader = database.engine().uploader
+    assert uploader._stride_s > 0, "the time that segments took was not noted"
+    uploader._max_in_flight = 4  # as with an object store
+    before = uploader.progress.uploads
+    stores.block(["put"])
+    try:
+        db.execute("INSERT INTO t VALUES (0)")
+        futures = [database.engine().sync_future()]
+        _until(lambda: bool(stores.last.waiting))
+        uploader._stride_s = 3600.0
+        for number in range(1, 4):
+            db.execute("INSERT INTO t VALUES (?)", (number,))
+            futures.append(database.engine().sync_future())
+            _until(lambda: uploader._wake.locked())  # it has seen that
+    finally:
+        stores.release()
+    for future in futures:
+        future.result(WAIT_S)
+    assert uploader.progress.uploads - before == 2
+    assert dump(database.restore()) == dump(database.path)
+    db.close()
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_the_hook_checkpoints(tmp_path: Path) -> None:
