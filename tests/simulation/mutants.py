@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,10 @@ from walship.replica.compaction import Levels
 from walship.replica.fence import Fence
 from walship.replica.frames import WalReader
 from walship.replica.levels import Listing
+from walship.replica.pagemap import SegmentHashes
+from walship.replica.resync import Resync
 from walship.replica.sender import Sender
+from walship.replica.spool import Sealed
 from walship.replica.sqlite import Published, SqlitePort
 from walship.replica.uploader import Uploader
 
@@ -142,6 +146,22 @@ def forget_the_gate(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Capture, "_rest_of_wal", lambda *arguments: None)
 
 
+def keep_what_a_latecomer_brought(patch: pytest.MonkeyPatch) -> None:
+    """The writer goes on behind a former writer's segment as if that had changed nothing."""
+    real = Resync._hash_segment
+
+    def hash_segment(self: Resync, txid: int, sealed: Sealed | None) -> SegmentHashes:
+        found = real(self, txid, sealed)
+        return found if sealed is not None else replace(found, pgnos=array("I"), hashes=array("Q"))
+
+    patch.setattr(Resync, "_hash_segment", hash_segment)
+
+
+def be_fenced_by_a_latecomer(patch: pytest.MonkeyPatch) -> None:
+    """Any other segment under a TXID of ours means that there is another writer."""
+    patch.setattr(Sender, "_latecomer", lambda self, found, sealed: None)
+
+
 def merge_what_is_not_acknowledged(patch: pytest.MonkeyPatch) -> None:
     """Whatever lies in level 0 is merged."""
     real = Levels._list
@@ -188,6 +208,14 @@ def _twins(profile: Profile) -> None:
     profile.weather = Weather(lost=0.25, timeout_s=3.0)
 
 
+def _latecomers(profile: Profile) -> None:
+    """One is stopped with a segment on its way, which lands when another one has taken over."""
+    profile.machines, profile.processes, profile.lease_s, profile.fence_wait_s = 2, 1, 5.0, 60.0
+    profile.directory, profile.on_fenced, profile.ops = False, "refuse", 150
+    profile.open_timeout_s, profile.interval_s = 100.0, 1.0
+    profile.events, profile.chaos, profile.pause_s = ("straggle",), 12, 8.0
+
+
 def _merging_twins(profile: Profile) -> None:
     """All that was sent is merged soon."""
     _twins(profile)
@@ -207,6 +235,8 @@ MUTANTS = {
         Mutant(replace_unchecked, "clones"),
         Mutant(ignore_the_chain, "clones", _twins),
         Mutant(forget_the_gate, "alone"),
+        Mutant(keep_what_a_latecomer_brought, "fight", _latecomers),
+        Mutant(be_fenced_by_a_latecomer, "fight", _latecomers),
         Mutant(merge_what_is_not_acknowledged, "clones", _merging_twins),
     )
 }
