@@ -6,6 +6,7 @@ takes effect (never, now, long after its client gave up, twice) and what its cli
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import hashlib
 import random
@@ -264,12 +265,11 @@ class Client:
 
     def list(self, prefix: str, start_after: str | None = None) -> Iterator[ObjectInfo]:
         def page(behind: str | None) -> list[ObjectInfo]:
-            keys = sorted(
-                key
-                for key in self._bucket.objects
-                if key.startswith(prefix) and (behind is None or key > behind)
-            )
-            found = [(key, self._bucket.objects[key]) for key in keys[: self._bucket.page]]
+            objects = self._bucket.objects
+            keys = sorted([key for key in objects if key.startswith(prefix)])
+            if behind is not None:
+                del keys[: bisect.bisect_right(keys, behind)]
+            found = [(key, objects[key]) for key in keys[: self._bucket.page]]
             return [ObjectInfo(k, len(o.body), o.modified_ms, o.etag) for k, o in found]
 
         behind = start_after

@@ -131,6 +131,11 @@ def take_over_without_waiting(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Fence, "_wait_for_the_last", lambda self, before, former: None)
 
 
+def take_over_early(patch: pytest.MonkeyPatch) -> None:
+    """Somebody else's lease is taken a little before its owner has stopped to believe in it."""
+    patch.setattr(Fence, "_lease_of", lambda self, held: held.lease_s * 0.6 - 2.0)
+
+
 def replace_unchecked(patch: pytest.MonkeyPatch) -> None:
     """Whatever lies under a TXID of ours gives way."""
     patch.setattr(Sender, "_is_dead", lambda self, found, sealed: True)
@@ -232,6 +237,7 @@ MUTANTS = {
         Mutant(drop_a_page, "alone"),
         Mutant(reuse_a_slot, "alone"),
         Mutant(take_over_without_waiting, "fight"),
+        Mutant(take_over_early, "fight", _latecomers),
         Mutant(replace_unchecked, "clones"),
         Mutant(ignore_the_chain, "clones", _twins),
         Mutant(forget_the_gate, "alone"),

@@ -299,7 +299,7 @@ class World:
         self.bucket.watch = self.landed
         self.bucket.stopped = self.stop_straggler
         self._lease: tuple[Lease, Process] | None = None
-        self._sign_of_life = 0.0
+        self._former: tuple[Lease, Process] | None = None  # who was the writer, until another is
         self.history = History(seed)
         self.machines: list[Machine] = []
         self.everything: list[Machine] = []
@@ -880,34 +880,39 @@ class World:
             self.problem(f"txid {sealed.txid} is acknowledged twice, with other content")
 
     def landed(self, key: str, body: bytes, who: Owner) -> None:
-        """An object is in the replica: the lease passes to nobody whose owner is alive."""
+        """An object is in the replica: nobody's, as long as another one believes to be the writer.
+
+        Whoever takes the lease over may still wait; it goes on when its first segment lands.
+        """
         assert isinstance(who, Process)
-        former = self._lease
         if key == LEASE_KEY:
             lease = parse_lease(body)
             assert lease is not None
-            if former is not None and lease.nonce != former[0].nonce:
+            if self._lease is not None and lease.nonce != self._lease[0].nonce:
                 self.bucket.release()
-            if former is not None and former[0].owner and lease.nonce != former[0].nonce:
+                self._former = None
+                if not self._knows_nonce(who, self._lease[1]):
+                    self._former = self._lease
+            self._lease = (lease, who)
+        elif self._former is not None and self._lease is not None and who is self._lease[1]:
+            if key.startswith(Client(self.bucket).level_prefix(0)):
+                former, self._former = self._former, None
                 self._judge_take_over(*former, who)
-            self._lease, self._sign_of_life = (lease, who), self.runtime.now
-        elif former is not None and who.disk == former[1].disk and not who.dead:
-            txids = parse_segment_name(key.rpartition("/")[2])
-            if txids is not None and txids[1] > max(self.acked_objects, default=0):
-                self._sign_of_life = self.runtime.now
+
+    def _knows_nonce(self, successor: Process, former: Process) -> bool:
+        return successor.disk == former.disk or former.disk in self.origins[successor.disk]
 
     def _judge_take_over(self, lease: Lease, former: Process, successor: Process) -> None:
-        silent_s = self.runtime.now - self._sign_of_life
-        if successor.disk == former.disk or former.disk in self.origins[successor.disk]:
-            return  # it knows the nonce
-        if former.dead and former.boot == successor.boot:
-            return  # it can see that
-        # For so long the owner itself believes in a sign of life of its own; successors count from
-        # the last one that they have seen, which may be an earlier one.
-        if silent_s < lease.lease_s * 2 / 3:
+        """By its own clock, and what it was told of its last sign of life, the former writer must
+        know by now that it may be none any more."""
+        engine = None if former.dead else former.registry.engine(str(former.machine.path))
+        if engine is None or engine.fence._lease is None:
+            return
+        fence = engine.fence
+        if fence.works and fence._lease.nonce == lease.nonce and fence.holds():
             self.problem(
-                f"{successor.name} takes over from {former.name}, which showed that it is alive "
-                f"{silent_s:.3f} s ago, for two thirds of {lease.lease_s} s"
+                f"{successor.name} goes on, and {former.name} believes for another "
+                f"{lease.lease_s * 2 / 3 - fence._age():.3f} s that it is the writer"
             )
 
     def _was_stored(self, txid: int) -> bool:
