@@ -68,6 +68,8 @@ log = logging.getLogger("walship")
 #: How long the last close waits for a copy of the database to end.  A longer one keeps SQLite from
 #: removing the WAL, which then simply stays.
 _VIEW_WAIT_S: Final = 5.0
+#: Why history is not continuous where ``on-fenced: local`` lets commits be made nevertheless.
+_WENT_ON_HERE: Final = "commits went on while another writer had the replica"
 #: How much longer than its own ``open-timeout`` a process waits for the one that opened first.
 _OPENER_S: Final = 10.0
 #: Where page 1 says so: file format versions for writing and reading.
@@ -406,15 +408,23 @@ class Engine:
         if everywhere:
             with contextlib.suppress(ReplicaError):  # the others find out by themselves
                 self.capture.record.amend(refusal=(type(error).__name__, str(error)))
-        if isinstance(error, FencedError) and self.settings.on_fenced == "local":
+        if self._goes_on_here(error):
             log.warning("%s: commits go on here, and are not shipped any more", self.name)
             # Gates have nothing to keep for this replica.
             with contextlib.suppress(ReplicaError):
-                self.capture.record.let_go("commits went on while another writer had the replica")
+                self.capture.record.let_go(_WENT_ON_HERE)
             return
         if not isinstance(error, RefusedError | FencedError):
             error = RefusedError(f"{self.name} takes no more commits: {error}")
         self.refusal = error
+
+    def _goes_on_here(self, error: ReplicaError) -> bool:
+        """Whether commits may be made that are not shipped: another writer has the replica, or has
+        gone on with it since it took it from this database."""
+        if self.settings.on_fenced != "local":
+            return False
+        went_on = self.capture.full_copy_reason == _WENT_ON_HERE
+        return isinstance(error, FencedError) or (isinstance(error, ContinuityError) and went_on)
 
     def _retrying(self, attempts: int) -> RetryingStore:
         return RetryingStore(self._store, self._clock, self._host.rng(), attempts=attempts)
@@ -503,16 +513,25 @@ class Engine:
 
         Raises:
             ContinuityError: database and replica do not continue each other.
-            FencedError: another writer has the replica.
+            FencedError: another writer has the replica, and ``on-fenced`` is not ``local``.
             StoreUnavailable: the file is half way to a newer state; it must not be used.
         """
         if self._has_waited:
             return
         limit_s = self.settings.open_timeout_s + self.settings.fence_wait_s
-        answered = self.uploader.wait_reconciled(limit_s)
-        if not (answered or self._was_alone or self.uploader.leads):
-            # The process that came first decides when its own time is up, a little before or after.
-            answered = self.uploader.wait_reconciled(_OPENER_S)
+        try:
+            answered = self.uploader.wait_reconciled(limit_s)
+            if not (answered or self._was_alone or self.uploader.leads):
+                # The process that came first decides when its own time is up, a little before or
+                # after.
+                answered = self.uploader.wait_reconciled(_OPENER_S)
+        except (FencedError, ContinuityError) as error:
+            if not self._goes_on_here(error):
+                raise
+            with self._admission:
+                self._admit_unanswered()
+                self._has_waited = True
+            return
         with self._admission:
             if not answered:
                 self._admit_unanswered()

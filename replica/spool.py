@@ -279,10 +279,11 @@ def _scalars(state: State) -> dict[str, Any]:
     }
 
 
-def _with_scalars(state: State, meta: dict[str, Any]) -> State:
+def _state_of(
+    meta: dict[str, Any], pieces: tuple[Sealed, ...], segments: tuple[Sealed, ...]
+) -> State:
     position, previous, fingerprint = meta["position"], meta["previous"], meta["fingerprint"]
-    return replace(
-        state,
+    return State(
         lineage=meta["lineage"],
         replica=meta["replica"],
         txid=meta["txid"],
@@ -308,35 +309,33 @@ def _with_scalars(state: State, meta: dict[str, Any]) -> State:
         refusal=tuple(meta.get("refusal", ())),
         admitted=meta.get("admitted", True),
         adopt=meta.get("adopt", False),
+        pieces=pieces,
+        segments=segments,
     )
 
 
 def _apply(state: State, kind: int, meta: dict[str, Any], offset: int, length: int) -> State:
     """The state after one record; ``offset`` and ``length`` say where its payload lies."""
+    pieces, segments = state.pieces, state.segments
     if kind == _Kind.STATE:
-        state = _with_scalars(state, meta)
-        if meta.get("drop_pieces"):
-            state = replace(state, pieces=())
-        if meta.get("drop_segments"):
-            state = replace(state, segments=())
-        return state
+        pieces = () if meta.get("drop_pieces") else pieces
+        segments = () if meta.get("drop_segments") else segments
+        return _state_of(meta, pieces, segments)
     if kind == _Kind.ACK:
         txid = meta["txid"]
-        left = tuple(s for s in state.segments if s.txid > txid)
+        left = tuple(s for s in segments if s.txid > txid)
         return replace(state, acked_txid=max(txid, state.acked_txid), segments=left)
     sealed = Sealed(**meta["seal"], offset=0 if meta["seal"]["file"] else offset)
     if sealed.file is None and length != sealed.size_bytes:
         raise FormatError("spool journal: a payload has the wrong length")
-    state = _with_scalars(state, meta)
     if kind == _Kind.PIECE:
-        start = meta.get("start", len(state.pieces))
+        start = meta.get("start", len(pieces))
         end = start + meta.get("count", 0)
-        return replace(state, pieces=(*state.pieces[:start], sealed, *state.pieces[end:]))
+        return _state_of(meta, (*pieces[:start], sealed, *pieces[end:]), segments)
     if kind == _Kind.SEGMENT:
         # `keep` pieces were sealed after the mark that a long first copy was taken under.
         keep = meta.get("keep", 0)
-        pieces = state.pieces[len(state.pieces) - keep :] if keep else ()
-        return replace(state, pieces=pieces, segments=(*state.segments, sealed))
+        return _state_of(meta, pieces[len(pieces) - keep :] if keep else (), (*segments, sealed))
     raise FormatError(f"spool journal: unknown record type {kind}")
 
 
@@ -360,6 +359,7 @@ class Spool:
 
     def __init__(self, directory: Path, files: Files, clock: Clock, locks: Locks) -> None:
         self.directory = directory
+        self._path = str(directory / "journal")
         self.files = files
         #: The locks of this process on the directory.
         self.locks = locks
@@ -472,7 +472,7 @@ class Spool:
         """Apply the records that other processes have appended."""
         journal = self._open_journal()
         try:
-            status = self.files.stat(self.directory / "journal")
+            status = self.files.stat(self._path)
         except FileNotFoundError as error:
             raise SpoolError(
                 f"the spool in {self.directory} was removed while it was in use: close the "
@@ -677,7 +677,7 @@ class Spool:
         """Write the present state as a new journal and put it in the old one's place."""
         old = self._journal
         state = self._state
-        path = self.directory / "journal"
+        path = self._path
         temporary = self.directory / "journal.tmp"
         with _local_errors(self.directory):
             fd = self.files.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
@@ -727,9 +727,8 @@ class Spool:
                 self.files.unlink(self.directory / name)
 
     def _read_journal(self) -> None:
-        path = self.directory / "journal"
         try:
-            fd = self.files.open(path, os.O_RDWR)
+            fd = self.files.open(self._path, os.O_RDWR)
         except FileNotFoundError:
             return
         status = self.files.fstat(fd)
@@ -738,9 +737,9 @@ class Spool:
             state, end = _replay(self.files, fd)
         except FormatError as error:
             self.files.close(fd)
-            aside = path.with_name("journal.damaged")
+            aside = self.directory / "journal.damaged"
             log.error("%s; it is kept as %s, and a resync is needed", error, aside)
-            self.files.rename(path, aside)
+            self.files.rename(self._path, aside)
             return
         self._state = state
         self._journal = _Journal(fd, self._identity(fd), end, status.st_size)

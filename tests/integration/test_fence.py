@@ -329,6 +329,24 @@ def test_commits_of_the_loser(local_hosts: Hosts, on_fenced: str) -> None:
     assert b.run("insert()") == 2
 
 
+def test_opening_what_another_host_owns(local_hosts: Hosts) -> None:
+    """``on-fenced: local``: it opens, says that nothing is shipped, and does so again later."""
+    hosts = local_hosts
+    a = hosts.start("a")
+    a.run("insert(3)")
+    insert = "own.execute('INSERT INTO rows VALUES (?, 0, 0)', ('local NUMBER',))"
+    for number in range(3):  # the owner is alive, goes on, and at last is gone
+        b = hosts.start("b", on_fenced="local")
+        b.run("own = walship.connect(job['path'], durability='async')")
+        b.run(insert.replace("NUMBER", str(number)))
+        assert len(b.run("own.execute('SELECT * FROM rows').fetchall()")) == 4 + number
+        assert b.run("status()")["state"] == "stopped"
+        assert "commits go on here, and are not shipped any more" in b.log()
+        b.finish()
+        a.run("insert()" if number == 0 else "close()")
+    assert rows_of(hosts.restore()) == hosts.fleet.committed()
+
+
 def test_a_copy_of_a_state_directory(hosts: Hosts) -> None:
     """Database and state were copied to another machine and both run: both are told, none of what
     either acknowledged is lost."""

@@ -6,6 +6,7 @@ takes effect (never, now, long after its client gave up, twice) and what its cli
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import hashlib
 import random
@@ -81,6 +82,8 @@ class Bucket:
         page: keys in one page of a listing.
         everything: digest of the newest content under each key, also of those deleted since.
         watch: called for each object that lands.
+        straggler: whose next segment does not land before `release`.
+        stopped: called when that is on its way.
     """
 
     runtime: Runtime
@@ -97,6 +100,9 @@ class Bucket:
     pending: dict[int, tuple[str, Callable[[], object]]] = field(default_factory=dict)
     n_requests: int = 0
     watch: Callable[[str, bytes, Owner], None] = lambda key, body, who: None
+    straggler: Owner | None = None
+    stopped: Callable[[Owner], None] = lambda who: None
+    held: list[tuple[str, Callable[[], object]]] = field(default_factory=list)
     _seq: int = 0
 
     # -- effects ------------------------------------------------------------------------------
@@ -162,6 +168,12 @@ class Bucket:
         number = self._seq
         self.pending[number] = (what, effect)
         self.runtime.spawn(lambda: self._land(number), f"late-{number}", after_s=after_s)
+
+    def release(self) -> None:
+        """What was held on its way lands soon."""
+        held, self.held = self.held, []
+        for what, effect in held:
+            self.later(what, effect, self.rng.choice((0.0, 0.3, 1.0, 3.0)) + self.rng.random())
 
     def _land(self, number: int) -> None:
         landing = self.pending.pop(number, None)
@@ -253,12 +265,11 @@ class Client:
 
     def list(self, prefix: str, start_after: str | None = None) -> Iterator[ObjectInfo]:
         def page(behind: str | None) -> list[ObjectInfo]:
-            keys = sorted(
-                key
-                for key in self._bucket.objects
-                if key.startswith(prefix) and (behind is None or key > behind)
-            )
-            found = [(key, self._bucket.objects[key]) for key in keys[: self._bucket.page]]
+            objects = self._bucket.objects
+            keys = sorted([key for key in objects if key.startswith(prefix)])
+            if behind is not None:
+                del keys[: bisect.bisect_right(keys, behind)]
+            found = [(key, objects[key]) for key in keys[: self._bucket.page]]
             return [ObjectInfo(k, len(o.body), o.modified_ms, o.etag) for k, o in found]
 
         behind = start_after
@@ -298,6 +309,12 @@ class Client:
         if bucket.is_away():
             runtime.sleep(rng.choice((0.001, weather.timeout_s)))
             raise failed("the store is away", ambiguous=False)
+        if bucket.straggler is self._owner and conditional and key.startswith(self.level_prefix(0)):
+            bucket.straggler = None
+            bucket.held.append((what, effect))
+            bucket.stopped(self._owner)
+            runtime.sleep(weather.timeout_s)
+            raise failed("timed out")
         # What changes something is what there is to learn from.
         fate = rng.random() * (1 if changes else 4)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,10 @@ from walship.replica.compaction import Levels
 from walship.replica.fence import Fence
 from walship.replica.frames import WalReader
 from walship.replica.levels import Listing
+from walship.replica.pagemap import SegmentHashes
+from walship.replica.resync import Resync
 from walship.replica.sender import Sender
+from walship.replica.spool import Sealed
 from walship.replica.sqlite import Published, SqlitePort
 from walship.replica.uploader import Uploader
 
@@ -127,6 +131,11 @@ def take_over_without_waiting(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Fence, "_wait_for_the_last", lambda self, before, former: None)
 
 
+def take_over_early(patch: pytest.MonkeyPatch) -> None:
+    """Somebody else's lease is taken a little before its owner has stopped to believe in it."""
+    patch.setattr(Fence, "_lease_of", lambda self, held: held.lease_s * 0.6 - 2.0)
+
+
 def replace_unchecked(patch: pytest.MonkeyPatch) -> None:
     """Whatever lies under a TXID of ours gives way."""
     patch.setattr(Sender, "_is_dead", lambda self, found, sealed: True)
@@ -140,6 +149,22 @@ def ignore_the_chain(patch: pytest.MonkeyPatch) -> None:
 def forget_the_gate(patch: pytest.MonkeyPatch) -> None:
     """A WAL is let go without a look at what it holds."""
     patch.setattr(Capture, "_rest_of_wal", lambda *arguments: None)
+
+
+def keep_what_a_latecomer_brought(patch: pytest.MonkeyPatch) -> None:
+    """The writer goes on behind a former writer's segment as if that had changed nothing."""
+    real = Resync._hash_segment
+
+    def hash_segment(self: Resync, txid: int, sealed: Sealed | None) -> SegmentHashes:
+        found = real(self, txid, sealed)
+        return found if sealed is not None else replace(found, pgnos=array("I"), hashes=array("Q"))
+
+    patch.setattr(Resync, "_hash_segment", hash_segment)
+
+
+def be_fenced_by_a_latecomer(patch: pytest.MonkeyPatch) -> None:
+    """Any other segment under a TXID of ours means that there is another writer."""
+    patch.setattr(Sender, "_latecomer", lambda self, found, sealed: None)
 
 
 def merge_what_is_not_acknowledged(patch: pytest.MonkeyPatch) -> None:
@@ -188,6 +213,14 @@ def _twins(profile: Profile) -> None:
     profile.weather = Weather(lost=0.25, timeout_s=3.0)
 
 
+def _latecomers(profile: Profile) -> None:
+    """One is stopped with a segment on its way, which lands when another one has taken over."""
+    profile.machines, profile.processes, profile.lease_s, profile.fence_wait_s = 2, 1, 5.0, 60.0
+    profile.directory, profile.on_fenced, profile.ops = False, "refuse", 150
+    profile.open_timeout_s, profile.interval_s = 100.0, 1.0
+    profile.events, profile.chaos, profile.pause_s = ("straggle",), 12, 8.0
+
+
 def _merging_twins(profile: Profile) -> None:
     """All that was sent is merged soon."""
     _twins(profile)
@@ -204,9 +237,12 @@ MUTANTS = {
         Mutant(drop_a_page, "alone"),
         Mutant(reuse_a_slot, "alone"),
         Mutant(take_over_without_waiting, "fight"),
+        Mutant(take_over_early, "fight", _latecomers),
         Mutant(replace_unchecked, "clones"),
         Mutant(ignore_the_chain, "clones", _twins),
         Mutant(forget_the_gate, "alone"),
+        Mutant(keep_what_a_latecomer_brought, "fight", _latecomers),
+        Mutant(be_fenced_by_a_latecomer, "fight", _latecomers),
         Mutant(merge_what_is_not_acknowledged, "clones", _merging_twins),
     )
 }

@@ -10,8 +10,8 @@ import pytest
 from simulation import mutants, patches, world
 
 #: Seeds played altogether; more with WALSHIP_SEEDS.
-SEEDS = int(os.environ.get("WALSHIP_SEEDS", "600"))
-_PARTS = 20
+SEEDS = int(os.environ.get("WALSHIP_SEEDS", "2000"))
+_PARTS = 40
 #: Within so many seeds each deliberate fault has to show.
 _MUTANT_SEEDS = 150
 

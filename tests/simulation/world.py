@@ -43,7 +43,12 @@ from walship.replica.restore import restore
 from walship.replica.settings import DatabaseSettings, ReplicaSettings
 from walship.replica.spool import Sealed
 from walship.replica.sqlite import FencedError, NotYetReplicated, RefusedError, SpoolError
-from walship.replica.store.base import SegmentInfo, list_segments, segment_key
+from walship.replica.store.base import (
+    PREVIOUS_METADATA,
+    SegmentInfo,
+    list_segments,
+    segment_key,
+)
 from walship.replica.store.settings import LocalSettings, S3Settings
 
 from .bucket import Bucket, Client, Weather
@@ -90,6 +95,7 @@ class Profile:
     interval_s: float = 0.0
     lease_s: float = 10.0
     fence_wait_s: float = 0.0
+    open_timeout_s: float = 10.0
     checkpoint_pages: int = 20
     max_sync_wal_bytes: int = 0
     max_spool_bytes: int = 0
@@ -168,6 +174,7 @@ def _fight(profile: Profile, rng: random.Random) -> None:
     profile.machines = rng.choice((2, 3))
     profile.processes = rng.choice((1, 1, 2))
     profile.events = ("kill", "kill-at", "pause", "pause", "suspend", "suspend", "outage", "check")
+    profile.events += ("straggle", "straggle")
 
 
 def _loss(profile: Profile, rng: random.Random) -> None:
@@ -196,7 +203,7 @@ def _everything(profile: Profile, rng: random.Random) -> None:
     profile.processes = rng.choice((1, 2, 3))
     profile.threads = rng.choice((1, 2))
     every = ("kill", "kill-at", "kill-in-commit", "pause", "suspend", "outage", "check")
-    profile.events = (*every, "compact", "lose", "clone", "rewind", "foreign")
+    profile.events = (*every, "compact", "lose", "clone", "rewind", "foreign", "straggle")
 
 
 THEMES: dict[str, Callable[[Profile, random.Random], None]] = {
@@ -290,8 +297,9 @@ class World:
         )
         self.bucket.weather = self.profile.weather
         self.bucket.watch = self.landed
+        self.bucket.stopped = self.stop_straggler
         self._lease: tuple[Lease, Process] | None = None
-        self._sign_of_life = 0.0
+        self._former: tuple[Lease, Process] | None = None  # who was the writer, until another is
         self.history = History(seed)
         self.machines: list[Machine] = []
         self.everything: list[Machine] = []
@@ -348,6 +356,8 @@ class World:
         self.calm = True
         self.bucket.weather = Weather(latest_s=self.profile.weather.latest_s)
         self.bucket.away_until = 0.0
+        self.bucket.straggler = None
+        self.bucket.release()
         for machine in self.machines:
             for process in machine.processes:
                 process.kill_in, process.kill_in_commit = None, False
@@ -478,6 +488,8 @@ class World:
             self.pause([process], rng.choice((1.0, 8.0, 15.0, 70.0)))
         elif event == "suspend":
             self.pause(list(machine.processes), rng.choice((8.0, 15.0, 70.0, 4000.0)))
+        elif event == "straggle":
+            self.bucket.straggler = process
         elif event == "foreign":
             self.commit_from_outside(machine)
 
@@ -492,6 +504,11 @@ class World:
                 self.runtime.resume(process)
 
         self.runtime.spawn(go_on, "alarm", after_s=seconds)
+
+    def stop_straggler(self, process: Owner) -> None:
+        """A segment is on its way that lands late: so late that it is somebody else's turn."""
+        assert isinstance(process, Process)
+        self.pause([process], self.rng.choice((15.0, 70.0, 600.0)))
 
     def lose(self, machine: Host, image: Path | None = None) -> None:
         """The machine is gone with its disk; another takes its place, perhaps from an old image."""
@@ -557,7 +574,7 @@ class World:
         try:
             connection = self.open(machine, process)
         except _TOLD as error:
-            self.told(machine, error, "open")
+            self.told(machine, process, error, "open")
             process.exit()
         except (GapError, IntegrityError) as error:
             self.problem(f"{process.name} cannot open: {type(error).__name__}: {error}")
@@ -576,12 +593,14 @@ class World:
         self.runtime.note("ended well")
         process.exit()
 
-    def told(self, machine: Host, error: Exception, where: str) -> None:
+    def told(self, machine: Host, process: Process, error: Exception, where: str) -> None:
         """An application has learnt that it may not go on."""
         self.n_told += 1
         self.runtime.note("is told at", where, type(error).__name__, _without_tokens(error))
         if self.n_disks < 2:
             self.problem(f"told without a rival: {type(error).__name__}: {error}")
+        if isinstance(error, FencedError) and self._has_lease(process):
+            self.problem(f"{process.name} has the lease and is told: {error}")
         machine.told = error
         if self.calm:
             machine.settled = True
@@ -589,6 +608,16 @@ class World:
             # The operator gives this side up and restores it.
             self.runtime.spawn(lambda: self.lose(machine), "operator", after_s=self.rng.random())
         machine.not_before = self.runtime.now + self.rng.expovariate(0.2)
+
+    def _has_lease(self, process: Process) -> bool:
+        """Whether it is the writer, and has waited for that until no other could be one."""
+        engine = process.registry.engine(str(process.machine.path))
+        if engine is None or self._lease is None or not self._lease[0].owner:
+            return False
+        key = segment_key(Client(self.bucket), 0, *(2 * [engine.capture.state.acked_txid + 1]))
+        found = self.bucket.objects.get(key)
+        by_walship = found is not None and PREVIOUS_METADATA in found.metadata
+        return by_walship and self._lease[1] is process and engine.fence._outlasted
 
     def open(self, machine: Host, process: Process) -> walship.Connection:
         """As `walship.connect` does."""
@@ -625,7 +654,7 @@ class World:
             meta_path=machine.state,
             replica=ReplicaSettings(store=store, sync_interval_s=profile.interval_s),
             busy_timeout_s=5.0,
-            open_timeout_s=10.0,
+            open_timeout_s=profile.open_timeout_s,
             shutdown_sync_timeout_s=30.0,
             max_sync_wal_bytes=profile.max_sync_wal_bytes,
             max_spool_bytes=profile.max_spool_bytes,
@@ -655,7 +684,7 @@ class World:
                 self.settle(machine, process, connection)
             connection.close(True)
         except _TOLD as error:
-            self.told(machine, error, "work")
+            self.told(machine, process, error, "work")
             self.close(process, connection)
         except ClosedError as error:
             self.problem(f"{process.name}: {error}")
@@ -851,32 +880,39 @@ class World:
             self.problem(f"txid {sealed.txid} is acknowledged twice, with other content")
 
     def landed(self, key: str, body: bytes, who: Owner) -> None:
-        """An object is in the replica: the lease passes to nobody whose owner is alive."""
+        """An object is in the replica: nobody's, as long as another one believes to be the writer.
+
+        Whoever takes the lease over may still wait; it goes on when its first segment lands.
+        """
         assert isinstance(who, Process)
-        former = self._lease
         if key == LEASE_KEY:
             lease = parse_lease(body)
             assert lease is not None
-            if former is not None and former[0].owner and lease.nonce != former[0].nonce:
+            if self._lease is not None and lease.nonce != self._lease[0].nonce:
+                self.bucket.release()
+                self._former = None
+                if not self._knows_nonce(who, self._lease[1]):
+                    self._former = self._lease
+            self._lease = (lease, who)
+        elif self._former is not None and self._lease is not None and who is self._lease[1]:
+            if key.startswith(Client(self.bucket).level_prefix(0)):
+                former, self._former = self._former, None
                 self._judge_take_over(*former, who)
-            self._lease, self._sign_of_life = (lease, who), self.runtime.now
-        elif former is not None and who.disk == former[1].disk and not who.dead:
-            txids = parse_segment_name(key.rpartition("/")[2])
-            if txids is not None and txids[1] > max(self.acked_objects, default=0):
-                self._sign_of_life = self.runtime.now
+
+    def _knows_nonce(self, successor: Process, former: Process) -> bool:
+        return successor.disk == former.disk or former.disk in self.origins[successor.disk]
 
     def _judge_take_over(self, lease: Lease, former: Process, successor: Process) -> None:
-        silent_s = self.runtime.now - self._sign_of_life
-        if successor.disk == former.disk or former.disk in self.origins[successor.disk]:
-            return  # it knows the nonce
-        if former.dead and former.boot == successor.boot:
-            return  # it can see that
-        # For so long the owner itself believes in a sign of life of its own; successors count from
-        # the last one that they have seen, which may be an earlier one.
-        if silent_s < lease.lease_s * 2 / 3:
+        """By its own clock, and what it was told of its last sign of life, the former writer must
+        know by now that it may be none any more."""
+        engine = None if former.dead else former.registry.engine(str(former.machine.path))
+        if engine is None or engine.fence._lease is None:
+            return
+        fence = engine.fence
+        if fence.works and fence._lease.nonce == lease.nonce and fence.holds():
             self.problem(
-                f"{successor.name} takes over from {former.name}, which showed that it is alive "
-                f"{silent_s:.3f} s ago, for two thirds of {lease.lease_s} s"
+                f"{successor.name} goes on, and {former.name} believes for another "
+                f"{lease.lease_s * 2 / 3 - fence._age():.3f} s that it is the writer"
             )
 
     def _was_stored(self, txid: int) -> bool:
