@@ -318,11 +318,13 @@ class Record:
         is no WAL, rightly.
         """
         state = self.state
-        if self.released is not None and state.position is not None and not state.wal_gone:
-            if header is None:
-                return state.position  # cut off; what follows it is not written yet
-            if state.position.salts == self.released != header.salts:
-                return self._follow(header)
+        # A gate that it went through meanwhile may have recorded that it is gone.
+        last = state.previous if state.wal_gone else state.position
+        if self.released is not None and last is not None and last.salts == self.released:
+            if header is None and not state.wal_gone:
+                return last  # cut off; what follows it is not written yet
+            if header is not None and header.salts != self.released:
+                return self._follow(header, last)
         if header is None:
             # Not written yet?  Then the main file is what it was when the WAL before it went.
             is_coming = state.position is not None and state.position.frame == 0
@@ -333,12 +335,11 @@ class Record:
                 return candidate
         return None
 
-    def _follow(self, header: WalHeader) -> WalPosition:
+    def _follow(self, header: WalHeader, last: WalPosition) -> WalPosition:
         """Go on in the generation that has followed the one that was released."""
-        state = self.state
         position = WalPosition(header.salts, 0, header.checksum)
         self.spool.record(
-            replace(state, position=position, previous=state.position, fingerprint=None)
+            replace(self.state, position=position, previous=last, fingerprint=None, wal_gone=False)
         )
         self.let_in, self.released = header.salts, None
         return position
