@@ -289,6 +289,34 @@ class Capture:
         batch.commit = commit
         return batch
 
+    def release(self, mx_frame: int) -> bool:
+        """The WAL may be begun anew by somebody who passes no gate, if all of it is sealed.
+
+        Until `hold_on` the caller sees to it that this can happen once at most, and that then no
+        frame of the new one can be copied into the main file.
+
+        Args:
+            mx_frame: how many frames the WAL has.
+
+        Returns:
+            False if it must not.
+        """
+        with self.mutex:
+            position, header = self.state.position, self._wal.header()
+            if self.record.full_copy_reason is not None or position is None or header is None:
+                return False
+            if position.salts != header.salts or position.frame != mx_frame:
+                return False
+            self.record.released = header.salts
+            return True
+
+    def hold_on(self) -> None:
+        """From now on nothing may begin the WAL anew but through the gate; see `release`."""
+        with self.mutex:
+            if self.record.released is not None:
+                self.record.locate(self._wal.header())
+                self.record.released = None
+
     def drain(self) -> None:
         """Seal everything committed in the current WAL; it stays where it is.
 
@@ -355,10 +383,10 @@ class Capture:
 
     def _new_frames(self, *, limit: bool) -> tuple[Batch, int] | None:
         """Committed frames behind the position, by the race-free recipe; None if there are none."""
-        state = self.state
         self._rest = None
         header = self._wal.header()
         position = self.record.locate(header)
+        state = self.state
         if self.record.is_rightly_gone(header) or (header is None and state.copying):
             return None
         if position is None:

@@ -53,6 +53,8 @@ class Record:
         wal: reads the WAL; under the mutex.
         let_in: salts of the generation that this process let through the gate last, while its WAL
             is there.
+        released: salts of a generation, all of which is sealed, that may be followed by another one
+            without passing the gate, once.
         unrecorded: why history is not continuous, if even that could not be recorded (disk full):
             the next start then finds a WAL that the record does not name.
     """
@@ -67,6 +69,7 @@ class Record:
         self.mutex = DrainMutex(spool)
         self.wal = WalReader(path + "-wal", self.files)
         self.let_in: WalSalts | None = None
+        self.released: WalSalts | None = None
         self.unrecorded: str | None = None
 
     @property
@@ -315,6 +318,13 @@ class Record:
         is no WAL, rightly.
         """
         state = self.state
+        # A gate that it went through meanwhile may have recorded that it is gone.
+        last = state.previous if state.wal_gone else state.position
+        if self.released is not None and last is not None and last.salts == self.released:
+            if header is None and not state.wal_gone:
+                return last  # cut off; what follows it is not written yet
+            if header is not None and header.salts != self.released:
+                return self._follow(header, last)
         if header is None:
             # Not written yet?  Then the main file is what it was when the WAL before it went.
             is_coming = state.position is not None and state.position.frame == 0
@@ -324,6 +334,15 @@ class Record:
             if candidate is not None and candidate.salts == header.salts:
                 return candidate
         return None
+
+    def _follow(self, header: WalHeader, last: WalPosition) -> WalPosition:
+        """Go on in the generation that has followed the one that was released."""
+        position = WalPosition(header.salts, 0, header.checksum)
+        self.spool.record(
+            replace(self.state, position=position, previous=last, fingerprint=None, wal_gone=False)
+        )
+        self.let_in, self.released = header.salts, None
+        return position
 
     def is_rightly_gone(self, header: WalHeader | None) -> bool:
         """Whether there is no WAL, and nobody has written to the main file since it went."""

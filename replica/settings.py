@@ -160,16 +160,16 @@ _OF_OTHER_TYPES: Final = (
 #: Settings that are accepted, because Litestream has them, and change nothing.
 WITHOUT_EFFECT: Final[Mapping[str, str]] = {
     "auto-recover": "pages are compared and what differs is shipped, without being asked",
-    "checkpoint-interval": "SQLite checkpoints by itself, and nothing holds it back",
+    "checkpoint-interval": "checkpoints go by pages (min-checkpoint-page-count)",
     "max-checkpoint-page-count": "checkpoints that block readers are not used",
     "max-sync-ltx-files": "pending segments are merged before they are sent",
     "mcp-addr": "there is no MCP server",
-    "monitor-interval": "commits are seen as they happen",
+    "monitor-interval": "commits are seen as they happen (from beside: within 0.5 s)",
     "name": "a database has one replica",
     "retention-check-interval": "snapshots are removed as soon as they may be",
     "shutdown-sync-interval": "failed uploads are repeated with growing pauses",
     "sse-customer-key-md5": "the digest is computed from the key",
-    "truncate-page-n": "SQLite checkpoints by itself, and nothing holds it back",
+    "truncate-page-n": "the log is begun anew long before it is that long",
     "verify-compaction": "inputs and results are always verified",
     **dict.fromkeys(_OF_OTHER_TYPES, "of a type of replica that is not supported"),
 }

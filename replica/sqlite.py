@@ -58,6 +58,10 @@ _SHARED_SIZE: Final = 510
 # The header of the wal-index (SQLite's walformat.html), of which there are two copies: whether it
 # is initialised, and the salts as they stand in the WAL's header.
 
+# Bytes of the -shm file that whoever writes, and whoever checkpoints, has locked (walformat.html).
+_INDEX_WRITE_LOCK: Final = 120
+_INDEX_CHECKPOINT_LOCK: Final = 121
+
 #: Attempts at the wal-index: a torn header or a busy recovery lock clears within microseconds.
 _PROBE_ATTEMPTS: Final = 200
 #: What goes by: somebody else had a lock or the connection, or closed it.
@@ -394,6 +398,26 @@ class SqlitePort:
                 if header is not None:
                     return header
             return None
+
+    def is_held_up(self) -> bool:
+        """Whether another process keeps writers out while it checkpoints: with FULL, RESTART or
+        TRUNCATE, perhaps waiting for a reader of ours.
+
+        Two that each do one of the two things look the same.  Costs a system call or two; Linux
+        only, False elsewhere.  Any thread.
+        """
+        with self._probe_lock:
+            if not hasattr(fcntl, "F_OFD_GETLK"):
+                return False
+            for lock in (_INDEX_WRITE_LOCK, _INDEX_CHECKPOINT_LOCK):
+                query = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, lock, 1, 0)
+                try:
+                    answer = fcntl.fcntl(self._open_index(), fcntl.F_GETLK, query)
+                except OSError:
+                    return False
+                if _FLOCK.unpack(answer)[0] == fcntl.F_UNLCK:
+                    return False
+            return True
 
     def begin_reading(self) -> apsw.Connection:
         """A connection of ours in a read transaction: it holds a read mark until it is closed.

@@ -61,7 +61,7 @@ def test_example_is_fit(name: str) -> None:
         ("notes.service", "KillSignal=SIGTERM", "KillSignal=SIGKILL", "KillSignal"),
         ("notes.service", "ExecStart=", "ExecStart=/bin/sh -c ", "SIGTERM"),
         ("walship.service", "WantedBy=multi-user.target", "", "WantedBy"),
-        ("walship.service", "PrivateTmp=true", "PrivateTmp=ture", "PrivateTmp=ture"),
+        ("walship.service", "PrivateTmp=true", "PrivateTmp=maybe", "PrivateTmp=maybe"),
         ("walship.service", "RestartSec=1", "RestrtSec=1", "RestrtSec"),
         ("Dockerfile", "COPY ", "COPYFILE ", "COPYFILE"),
         ("Dockerfile", "WORKDIR /", "WORKDIR ", "hadolint.*WORKDIR"),

@@ -114,6 +114,63 @@ def test_nobody_else_can_restart_the_wal(tmp_path: Path) -> None:
     _assert_same(path, tmp_path / "replica")
 
 
+_CHECKPOINTER = """
+import sqlite3, sys
+path, who, mode, rounds = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+db = sqlite3.connect(path, timeout=30, isolation_level=None)
+for n in range(rounds):
+    for _ in range(1 + n % 3):
+        db.execute("INSERT INTO rows VALUES (?, ?, randomblob(9000))", (who, n))
+    busy, frames, copied = db.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
+    assert not busy, (n, busy, frames, copied)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="who holds a lock is not to be found out")
+@pytest.mark.parametrize("mode", ["FULL", "RESTART", "TRUNCATE"])
+def test_checkpoints_of_others_pass(mode: str, tmp_path: Path) -> None:
+    """A program that wants the WAL restarted gets that, also beside writers, and history goes on
+    with increments."""
+    path, replica, log = tmp_path / "app.db", tmp_path / "replica", tmp_path / "log"
+    create(path)
+    with replicating(path, replica, log=log) as running:
+        running.wait_for("full copy as txid")
+        for rounds, seconds in ((4, 0.0), (5, 1.5)):
+            words = [sys.executable, "-c", _CHECKPOINTER, str(path), mode, mode, str(rounds)]
+            others = [writer(path, who, seconds) for who in "ab"]
+            subprocess.run(words, check=True, timeout=120)
+            assert [each.wait(60) for each in others] == [0, 0]
+        assert running.end() == 0
+        said = running.said()
+    assert said.count("full copy") == 1, said
+    assert not any(word in said.replace("full copy", "", 1) for word in (*_BROKEN, "compared")), (
+        said
+    )
+    _assert_same(path, replica)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="who holds a lock is not to be found out")
+def test_checkpoints_of_both_kinds_of_programs(tmp_path: Path) -> None:
+    """One restarts the WAL through its own gate, and others write to it that have none."""
+    path, replica, log = tmp_path / "app.db", tmp_path / "replica", tmp_path / "log"
+    create(path)
+    with replicating(path, replica, log=log) as running:
+        running.wait_for("full copy as txid")
+        db = walship.connect(path, str(replica), busy_timeout=30)
+        for n in range(6):
+            db.execute("INSERT INTO rows VALUES ('vfs', ?, randomblob(5000))", (n,))
+            mode = apsw.SQLITE_CHECKPOINT_TRUNCATE if n % 2 else apsw.SQLITE_CHECKPOINT_RESTART
+            db.wal_checkpoint(mode=mode)
+            execute(path, "INSERT INTO rows VALUES ('plain', ?, randomblob(5000))", n)
+        walship.replication(db).sync(20)
+        db.close()
+        assert running.end() == 0
+        said = running.said()
+    assert said.count("full copy") == 1, said
+    assert "compared" not in said, said
+    _assert_same(path, replica)
+
+
 #: What happens to the WAL while nothing replicates, and how: each "write" is a commit that changes
 #: so many pages, "restart" a checkpoint after which the next commit begins the WAL anew.
 _HOLES = {

@@ -35,8 +35,8 @@ while time.monotonic() < end:
         if rng.random() < 0.1:
             db.execute("DELETE FROM rows WHERE who = ? AND n < ?", (who, number - 300))
         if mode != "-" and rng.random() < 0.2:
-            # The sidecar's read mark is in the way of some: they would wait, and get nothing.
-            db.execute("PRAGMA busy_timeout = 20")
+            # The sidecar's read mark is in the way of some: they have patience, or give up.
+            db.execute(f"PRAGMA busy_timeout = {rng.choice((20, 20, 30000))}")
             db.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
             db.execute("PRAGMA busy_timeout = 30000")
     db.close()

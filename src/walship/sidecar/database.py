@@ -68,6 +68,7 @@ class Sidecar:
             self._pages = settings.min_checkpoint_page_count
             self._identity = _identity(path)
             self._hold = Hold(self._engine.port)
+            self._gave_way = False
             self._seen: bytes | None = None
             self._next_hold = self._next_restart = 0.0
             # A transaction on a WAL that is in the main file already holds nothing: begin anew.
@@ -100,16 +101,19 @@ class Sidecar:
         Returns:
             Whether something has happened since it was last false.
         """
+        is_held_up = self._engine.port.is_held_up()
+        if is_held_up:
+            self._let_through()
         header = self._engine.port.index_header()
         if header == self._seen:
-            return False
+            return is_held_up
         self._engine.uploader.ring()
         now = self._clock.monotonic()
         if now < self._next_hold:
             return True  # and looked at again, because it was not noted
         self._next_hold = now + _HOLD_S
         try:
-            self._hold.advance()
+            self._advance()
             self._seen = header
             if header is not None and now >= self._next_restart:
                 mx_frame = IndexHeader.parse(header).mx_frame
@@ -121,6 +125,31 @@ class Sidecar:
             self._engine.note_trouble(error)
             self._next_hold = now + _TROUBLE_S
         return True
+
+    def _advance(self) -> None:
+        """Have the hold where the WAL is now."""
+        if self._gave_way:
+            published = self._engine.port.published()
+            if published is None or published.n_backfill == published.mx_frame:
+                return  # nothing was written since, neither to this WAL nor to a new one
+            self._engine.capture.hold_on()
+            self._gave_way = False
+        self._hold.advance()
+
+    def _let_through(self) -> None:
+        """Somebody waits with a checkpoint that restarts the WAL, and keeps writers out: what it
+        waits for is that all is sealed, and that our mark goes on."""
+        engine = self._engine
+        if self._gave_way or not engine.uploader.leads:
+            return
+        try:
+            engine.capture.drain()
+            self._hold.advance()
+            self._gave_way = self._hold.give_way(engine.capture.release)
+        except apsw.BusyError:
+            pass  # the next look tries again
+        except (apsw.Error, ReplicaError) as error:
+            engine.note_trouble(error)
 
     def sync(self, timeout: float | None) -> int:
         """As `walship.Replication.sync`."""
@@ -153,6 +182,8 @@ class Sidecar:
         """
         if timeout is not None:
             self._engine.close_within(timeout)
+        if self._gave_way:
+            self._engine.capture.hold_on()
         self._hold.end()
         self._copier.close(True)
         self._writer.close(True)

@@ -5,11 +5,17 @@ transaction that was begun on a WAL with frames not yet in the main file has suc
 was begun when all frames were there has none, but keeps everybody from copying any frame, so that
 no later WAL can be restarted either (SQLite's wal.c: marks 1 to 4, and mark 0).
 
+Somebody who waits for our marks, in order to restart the WAL, can be let through: once all of it is
+in the main file, and sealed, a newer transaction has no mark.  The WAL may then be begun anew once,
+and what is written to that cannot be copied until `advance` (`give_way`).
+
 So a newer transaction may take over from an older one whenever, after it has begun, there are
 frames that are not in the main file yet.  There is no moment without one.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import apsw
 
@@ -47,6 +53,30 @@ class Hold:
             return
         self._mark = before.mx_frame
         self._take_over(newer)
+
+    def give_way(self, may_go: Callable[[int], bool]) -> bool:
+        """Let somebody restart the WAL, once, if all of it is in the main file.
+
+        Args:
+            may_go: told how many frames it has, says whether it may go.
+
+        Returns:
+            Whether it may now.
+
+        Raises:
+            apsw.Error: somebody was in the way; the older transaction stays.
+        """
+        before = self._port.published()
+        if before is None or not 0 < before.n_backfill == before.mx_frame:
+            return False
+        newer = self._port.begin_reading()
+        # The older one has kept the WAL until here.
+        if self._port.published() != before or not may_go(before.mx_frame):
+            newer.close(True)
+            return False
+        self._mark = 0
+        self._take_over(newer)
+        return True
 
     def renew(self) -> None:
         """Hold the WAL that is about to begin.  Only while the caller keeps writers out.
