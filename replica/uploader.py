@@ -545,7 +545,7 @@ class Uploader:
     def _frozen(self) -> Sealed | None:
         if self._capture.full_copy_reason is None:
             sealed = self._capture.take()
-            if sealed is None and self._capture.full_copy_reason is not None:
+            if sealed is None:
                 self._watch_or_give_up()  # before a file that is gone is taken for an empty one
             return sealed
         self._watch_or_give_up()
