@@ -130,7 +130,6 @@ writers race for one of them: only that shows whether a second writer would be k
 
 {EXIT_HELP}"""
 
-#: Commands of Litestream that somebody may type here.
 _REPLICATE_HELP: Final = f"""\
 For databases that other programs write to with SQLite as it comes.  An application in Python needs
 no such program: it opens its database with walship.connect(path, replica=...).
@@ -155,6 +154,7 @@ _CONTROLS: Final[Mapping[str, str]] = {
     "stop": "ship what a database has, and pause",
 }
 
+#: Commands of Litestream that somebody may type here.
 _ELSEWHERE: Final[Mapping[str, str]] = {
     "snapshots": "there are no separate snapshots any more; `walship ltx -level 9` lists them",
     "generations": "there are no generations any more; `walship ltx -level all` lists the replica",
@@ -222,16 +222,20 @@ def _run(words: Sequence[str], clock: Clock) -> int:
     except ReplicaError as error:
         say(one_line(error) + _hint(words))
         return exit_code(error)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            # Whoever read our output has seen enough.  Nothing must be flushed into the pipe later.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        else:
+            what = f"{error.filename}: " if error.filename is not None else ""
+            say(f"{what}{error.strerror or error}")
+        return EXIT_OTHER
     except _Terminated:
         say(f"terminated; {_left_behind(command)}")
         return EXIT_TERMINATED
     except KeyboardInterrupt:
         say(f"interrupted; {_left_behind(command)}")
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has seen enough.  Nothing must be flushed into the pipe later.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OTHER
     except SystemExit as stop:  # argparse, after printing help
         return int(stop.code or 0)
     finally:
@@ -263,9 +267,11 @@ def _hint(words: Sequence[str]) -> str:
         has_endpoint, has_region = (
             re.search(rf"(?:^|&){name}=", query) for name in ("endpoint", "region")
         )
+        if "&" in query:
+            continue
         if has_endpoint and not has_region:
             missing = "an endpoint and no region"
-        elif has_region and not has_endpoint and "&" not in query:
+        elif has_region and not has_endpoint:
             missing = "a region and no endpoint"
         else:
             continue
@@ -571,9 +577,6 @@ def _parser() -> argparse.ArgumentParser:
     made = command("version", _version, "print the version")
     add_option(made, "verbose", action="store_true", help="also those of what it runs on")
     return parser
-
-
-# --- what is meant -------------------------------------------------------------------------------
 
 
 # --- commands ------------------------------------------------------------------------------------

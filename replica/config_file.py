@@ -24,6 +24,7 @@ from walship.replica.settings import (
     Remarks,
     ReplicaSettings,
     absolute,
+    database_file,
     database_path,
     known_values,
     make_database,
@@ -286,6 +287,7 @@ class _EntryReader:
                 raise ConfigError(f"{name}: it belongs to an entry with `dir`")
         values = self._values(section, DATABASE_KEYS)
         path = str(values.pop("path"))
+        database_file(path)
         return make_database(path, self._replica(section), values)
 
     def directory(self, section: Mapping[str, object]) -> DirectorySettings:

@@ -32,11 +32,19 @@ from typing import Final
 from .capture import Capture
 from .catchup import CaughtUp, catch_up
 from .clock import Clock
-from .errors import ContinuityError, FormatError, ObjectNotFound, RestoreError
+from .errors import (
+    ContinuityError,
+    FormatError,
+    GapError,
+    NoBackupError,
+    ObjectNotFound,
+    RestoreError,
+)
 from .format.ltx import HEADER_SIZE, Header, decode
 from .format.types import format_segment_name, format_txid
 from .listing import list_replica, live_segments, replica_head
 from .pagemap import History
+from .plan import plan
 from .record import page_size_changed
 from .restore import restore
 from .sender import has_sha256, same_bytes
@@ -61,6 +69,7 @@ def reconcile(
     *,
     adopt: bool = False,
     reserve: Callable[[], bool] = lambda: False,
+    is_whole: bool = True,
 ) -> None:
     """Bring record and replica together, or refuse.
 
@@ -69,6 +78,8 @@ def reconcile(
     Args:
         adopt: in doubt, let the local database become the replica's next TXID.
         reserve: asks for the database file, to bring it up to date; false if a connection has it.
+        is_whole: false if something of the replica is known to be lost; then its head is no proof
+            of what lies before.
 
     Raises:
         ContinuityError: they do not continue each other; nothing was written.
@@ -78,7 +89,7 @@ def reconcile(
     if state.lineage and state.replica == store.url:
         if _can_catch_up(capture) and reserve():
             _catch_up(capture, store, clock)
-        head = _check_own_record(capture, store)
+        head = _check_own_record(capture, store, is_whole)
         if head is None:
             _check_suspicion(capture, store, adopt)
             if capture.full_copy_reason is not None and capture.state.acked_txid:
@@ -153,7 +164,7 @@ def _was_replaced(store: ObjectStore, state: State) -> bool:
     return not has_sha256(store, info, state.sha256)
 
 
-def _check_own_record(capture: Capture, store: ObjectStore) -> SegmentInfo | None:
+def _check_own_record(capture: Capture, store: ObjectStore, is_whole: bool) -> SegmentInfo | None:
     """None if the replica is what the record says; else its head, written by somebody else."""
     state = capture.state
     known = state.acked_txid
@@ -163,16 +174,12 @@ def _check_own_record(capture: Capture, store: ObjectStore) -> SegmentInfo | Non
     newer = [info for info in listing if info.size_bytes]
     if known and not newer:
         left = replica_head(store)
-        txid = left.max_txid if left else 0
-        log.error(
-            "%s has lost txid %s and what followed; a full copy as txid %s replaces it",
-            store.url,
-            format_txid(known),
-            format_txid(txid + 1),
-        )
-        if left is not None:
-            _check_page_size(capture, store, left.key)
-        _start(capture, store, txid, "the replica has lost objects")
+        _replace_what_is_lost(capture, store, known, left, left.max_txid if left else 0)
+        return None
+    # What is there may lie behind a hole; it gives way, unless nobody can tell what it rests on.
+    behind = newer[-1].max_txid if newer and store.logical_times else 0
+    if known and not is_whole and not _reaches(store, known):
+        _replace_what_is_lost(capture, store, known, None, behind)
         return None
     if all(info.max_txid == known for info in newer):
         if newer and known == state.txid and not _is_recorded(store, newer[0], state):
@@ -180,6 +187,9 @@ def _check_own_record(capture: Capture, store: ObjectStore) -> SegmentInfo | Non
         return None
     live = live_segments(store, [info for info in list_replica(store) if info.size_bytes]).segments
     newest = max(live, key=lambda info: (info.max_txid, -info.level), default=newer[-1])
+    if known and not any(info.max_txid >= known for info in live):
+        _replace_what_is_lost(capture, store, known, None, behind)
+        return None
     ours = {sealed.txid: sealed for sealed in state.segments}
     acked = known
     for info in live:
@@ -199,6 +209,35 @@ def _check_own_record(capture: Capture, store: ObjectStore) -> SegmentInfo | Non
     if acked > known:
         capture.acknowledge(acked)
     return None
+
+
+def _reaches(store: ObjectStore, txid: int) -> bool:
+    """Whether a restore gets as far as ``txid``."""
+    try:
+        return plan(live_segments(store, list_replica(store)).segments).max_txid >= txid
+    except GapError as gap:
+        return gap.reachable_txid >= txid
+    except NoBackupError:
+        return False
+
+
+def _replace_what_is_lost(
+    capture: Capture, store: ObjectStore, known: int, left: SegmentInfo | None, txid: int
+) -> None:
+    """The replica has lost what it had acknowledged: ship it all anew, behind ``txid``.
+
+    Args:
+        left: what it ends with now, if that can be restored.
+    """
+    log.error(
+        "%s has lost txid %s and what followed; a full copy as txid %s replaces it",
+        store.url,
+        format_txid(known),
+        format_txid(txid + 1),
+    )
+    if left is not None:
+        _check_page_size(capture, store, left.key)
+    _start(capture, store, txid, "the replica has lost objects")
 
 
 def _is_recorded(store: ObjectStore, info: SegmentInfo, state: State) -> bool:

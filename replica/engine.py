@@ -60,6 +60,7 @@ from .store.settings import LocalSettings
 from .uploader import MAX_IN_FLIGHT, Uploader, error_of
 from .validation import Validation
 from .verify_process import Job, VerifyProcess
+from .waits import countable
 
 __all__ = ["Engine", "Status", "Work", "restore_if_missing"]
 
@@ -72,6 +73,8 @@ _VIEW_WAIT_S: Final = 5.0
 _WENT_ON_HERE: Final = "commits went on while another writer had the replica"
 #: How much longer than its own ``open-timeout`` a process waits for the one that opened first.
 _OPENER_S: Final = 10.0
+#: How long an open that failed waits for the store to take the lease back.
+_ABANDON_S: Final = 2.0
 #: Where page 1 says so: file format versions for writing and reading.
 _MODE_OFFSET: Final = 18
 _WAL_MODE: Final = b"\2\2"
@@ -251,7 +254,7 @@ class Engine:
             max_in_flight=in_flight,
             give_up=self._refuse,
             refused=self._recorded_refusal,
-            watch=self._watch_locks,
+            watch=self._watch_file,
             rng=host.rng(),
         )
         job = Job(
@@ -340,11 +343,18 @@ class Engine:
             self._roll_forward(lost)
 
     def _reconcile(self) -> None:
-        self.fence.acquire()
+        is_whole = self.fence.acquire()
         state = self.capture.state
         adopt = self._adopt or state.adopt
         store = self._retrying(attempts=2)
-        reconcile(self.capture, store, self._clock, adopt=adopt, reserve=self._reserve)
+        reconcile(
+            self.capture,
+            store,
+            self._clock,
+            adopt=adopt,
+            reserve=self._reserve,
+            is_whole=is_whole,
+        )
         with self._admission:
             self._reserved = False
             self.capture.record.amend(admitted=True, adopt=False)
@@ -396,7 +406,12 @@ class Engine:
         if future.exception() is None:
             self._peers.answer(sender, {"id": number, "txid": future.result()})
 
-    def _watch_locks(self) -> None:
+    def _watch_file(self) -> None:
+        if self._port.has_moved():
+            raise RefusedError(
+                f"{self.path} was deleted, renamed or replaced while it was open here, and nothing "
+                "of it is shipped any more: close it in every process, then open it again"
+            )
         if self._port.has_lost_locks():
             raise RefusedError(
                 f"SQLite's locks on {self.path} are gone: another SQLite library (the sqlite3 "
@@ -668,6 +683,7 @@ class Engine:
             NotYetReplicated: the time ended first; what is committed is local and will be shipped.
             ReplicaError: it can never be shipped (fenced, refused).
         """
+        timeout = countable(timeout)
         future = self.sync_future()
         try:
             return future.result(timeout)
@@ -874,6 +890,14 @@ class Engine:
             False if something stayed behind that nobody else will ship.
         """
         return not self.depart() or self.ship(timeout)
+
+    def abandon(self) -> None:
+        """No connection could be opened: stop, and keep no other writer waiting for the lease."""
+        if self.depart():
+            with contextlib.suppress(TimeoutError, CancelledError):
+                self.uploader.release_lease().result(_ABANDON_S)
+        self.uploader.stop()
+        self.release()
 
     def come_back(self) -> None:
         """A connection was opened after `leave` had begun."""

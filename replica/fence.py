@@ -244,8 +244,11 @@ class Fence:
 
     # -- taking it ----------------------------------------------------------------------------
 
-    def acquire(self) -> None:
+    def acquire(self) -> bool:
         """Become the writer; returns when this process is it.  Nothing may be sent before.
+
+        Returns:
+            False if there was no lease: nobody has written to the replica before, or it was lost.
 
         Raises:
             FencedError: another writer is alive; it is named.
@@ -254,13 +257,15 @@ class Fence:
             StoreError: try again.
         """
         if not self._works:
-            return
+            return True
         deadline = self._clock.monotonic() + self._wait_s
+        existed = True
         told = False
         races = 0
         tail: _Tail | None = None
         while True:
             version = self._read()
+            existed = existed and version is not None
             held = parse_lease(version.body) if version is not None else None
             owner, silent_s, left_s = "", 0.0, 0.0
             is_held = version is not None and not self._is_free(held)
@@ -274,7 +279,7 @@ class Fence:
                 left_s = self._lease_of(held) + _ROUNDING_S - silent_s
             if left_s <= 0:
                 if self._take(version, held, tail, outlasted=is_held and held is not None):
-                    return
+                    return existed
                 races += 1
                 if races < _RACES:
                     continue
@@ -444,6 +449,7 @@ class Fence:
 
         Raises:
             FencedError: it is not; the other is named.
+            ObjectNotFound: nobody is, for the lease is gone: `acquire` it.
             StoreError: not known; try again.
         """
         if not self._works:
@@ -509,8 +515,11 @@ class Fence:
             info = self._store.put(LEASE_KEY, fresh.to_json(), if_match=self._etag)
         except PreconditionFailed as error:
             version = self._read()
-            held = parse_lease(version.body) if version is not None else None
-            if version is None or held is None or held.nonce != lease.nonce:
+            if version is None:
+                # No rival: that would have left a lease of its own.
+                raise ObjectNotFound(f"{LEASE_KEY} is gone from {self._store.url}") from error
+            held = parse_lease(version.body)
+            if held is None or held.nonce != lease.nonce:
                 raise FencedError(self._taken(held)) from error
             # The answer to an earlier renewal was lost.
             self._lease, self._etag = held, version.etag

@@ -43,7 +43,7 @@ from .format.types import LEVEL_SNAPSHOT, WalSalts, format_txid, parse_txid
 from .listing import Live, list_replica, live_segments
 from .local_copy import FileMark, LocalCopy, LogEnd, Transaction, put_into_wal_mode
 from .plan import plan, plan_from
-from .restore import Progress, RestoreResult, restore, with_metadata_times
+from .restore import Progress, RestoreResult, output_file, restore, with_metadata_times
 from .store.base import PREVIOUS_METADATA, ObjectStore, SegmentInfo, list_segments
 from .store.local import write_durably
 
@@ -194,9 +194,9 @@ class Follower:
             ReplicaError: as `replica.restore.restore`.
         """
         # SQLite keeps a log beside the file that a link leads to.
-        target = Path(os.path.realpath(output))
+        target = Path(os.path.realpath(output_file(output)))
         made: RestoreResult | None = None
-        if overwrite or not target.exists() or target.stat().st_size == 0:
+        if overwrite or not _size_of(target):
             made = restore(
                 store,
                 target,
@@ -617,6 +617,17 @@ def _pool() -> Iterator[ThreadPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _size_of(output: Path) -> int:
+    try:
+        return os.stat(output).st_size
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise RestoreError(
+            f"cannot write {output}: {error.strerror}; nothing was changed"
+        ) from error
 
 
 def _read_note(output: Path) -> _Note:

@@ -40,7 +40,9 @@ from walship.replica.plan import Plan, plan
 from walship.replica.store.base import ObjectInfo, ObjectStore, SegmentInfo
 from walship.replica.store.local import fsync_directory, fsync_file, make_directories
 from walship.replica.store.timestamps import TIMESTAMP_METADATA, parse_timestamp
+from walship.replica.url import is_url
 from walship.replica.v03 import V03Plan, apply_v03, list_v03, plan_v03
+from walship.replica.values import parse_choice
 
 __all__ = [
     "Progress",
@@ -48,6 +50,7 @@ __all__ = [
     "Source",
     "find_source",
     "list_replica",
+    "output_file",
     "restore",
     "with_metadata_times",
 ]
@@ -167,7 +170,9 @@ def restore(
     """
     if parallelism < 1:
         raise ConfigError(f"parallelism must be at least 1, not {parallelism}")
-    target = Path(os.path.abspath(output))
+    parse_choice("none", "quick", "full")("integrity_check", integrity_check)
+    parse_choice("auto", "full")("verify", verify)
+    target = output_file(output)
     started = clock.monotonic()
     with _explained(target):
         _check_output(target, overwrite)
@@ -200,6 +205,20 @@ def restore(
                 duration_s=clock.monotonic() - started,
             )
         raise RestoreError(f"the replica is listed but cannot be read: {missing}") from missing
+
+
+def output_file(output: str | os.PathLike[str]) -> Path:
+    """The file that a restore is to write, absolute.
+
+    Raises:
+        ConfigError: it is no name of a file.
+    """
+    text = os.fsdecode(output)
+    if not text or "\0" in text:
+        raise ConfigError(f"output: {text!r} is not a file to write")
+    if is_url(text):
+        raise ConfigError(f"output: {text} is a URL: name the database file to write")
+    return Path(os.path.abspath(text))
 
 
 def find_source(
@@ -340,6 +359,8 @@ def _check_output(target: Path, overwrite: bool) -> None:
     """Refuse an output that exists; an empty file without sidecars does not count."""
     if target.is_dir():
         raise RestoreError(f"{target} is a directory: name the database file to write")
+    if target.exists() and not target.is_file():
+        raise RestoreError(f"{target} is a device or the like: name the database file to write")
     if overwrite:
         return
     if target.exists() and target.stat().st_size > 0:

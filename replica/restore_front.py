@@ -6,6 +6,7 @@ Between the command line or an application and `replica.restore`, which does the
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import sys
@@ -24,13 +25,14 @@ from .follow import Step, follow, update
 from .format.types import parse_txid
 from .marks import find_mark
 from .plan import format_time
-from .restore import Progress, RestoreResult, restore
+from .reset import closed_everywhere
+from .restore import Progress, RestoreResult, output_file, restore
 from .spool import state_directory
 from .store.base import ObjectStore
 from .store.opening import open_store
 from .store.retrying import RetryingStore
 from .store.timestamps import parse_timestamp
-from .values import parse_duration
+from .values import parse_duration, parse_int
 
 __all__ = [
     "follow_from",
@@ -50,6 +52,7 @@ _TIME_UNITS: Final[Mapping[str, int]] = {
     **dict.fromkeys(("d", "day"), 86_400),
     **dict.fromkeys(("w", "week"), 604_800),
 }
+_LONG_AGO_S: Final = 1e10  # before anybody had a database; times that far back cannot be printed
 _WORDS_RE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)", re.ASCII)
 _FINE_RE: Final = re.compile(r"\.\d{3}\d*[1-9]")
 
@@ -85,18 +88,22 @@ def restore_from(
             called with (bytes fetched so far, bytes expected).
         integrity_check: "none", "quick" or "full": have SQLite check the file before it appears.
         verify: "full" reads and verifies even what is outdated; see `replica.restore.restore`.
-        overwrite: replace an existing database, which nobody may have open.
+        overwrite: replace an existing database, which nobody may have open; one that walship
+            replicates is refused while it is.
         **settings: any replica setting of the configuration file, with underscores.
 
     Raises:
         ConfigError: a setting or argument cannot be used.
+        RefusedError: the output is a database that is open and being replicated.
         RestoreError: it could not be done; see its subclasses.
         FormatError: the replica is damaged.
         StoreError: the replica could not be read.
     """
     clock = SystemClock()
+    target = output_file(output)
     target_ms = None if timestamp is None else _milliseconds(timestamp, clock.now_ms())
     with (
+        closed_everywhere(state_directory(target), clock),
         _opened(replica, settings, clock, progress, output) as (store, report),
         labelled(store, label, _txid(txid), target_ms) as chosen_txid,
     ):
@@ -238,8 +245,8 @@ def refuse_replicated(output: str | os.PathLike[str]) -> None:
     Raises:
         ConfigError: it has a state directory.
     """
-    directory = state_directory(Path(os.path.realpath(output)))
-    if directory.exists():
+    directory = state_directory(Path(os.path.realpath(output_file(output))))
+    if os.path.lexists(directory):
         raise ConfigError(
             f"{output} is a database that is replicated itself ({directory.name} lies beside it):"
             " choose another output"
@@ -263,20 +270,30 @@ def _opened(
 
 
 def _txid(txid: int | str | None) -> int | None:
+    if txid is None:
+        return None
     try:
-        return parse_txid(txid.lower()) if isinstance(txid, str) else txid
+        number = parse_txid(txid.lower()) if isinstance(txid, str) else parse_int("txid", txid)
     except FormatError as error:
         raise ConfigError(f"txid: {error}") from None
+    if number < 0:
+        raise ConfigError(f"txid: {number} is none: they count from 1")
+    return number
 
 
 def _milliseconds(timestamp: datetime | str | float, now_ms: int) -> int:
     if isinstance(timestamp, datetime):
         # Whole milliseconds, and one more for what is finer: "before" then includes all before it.
-        since = timestamp.astimezone(UTC) - datetime(1970, 1, 1, tzinfo=UTC)
+        try:
+            since = timestamp.astimezone(UTC) - datetime(1970, 1, 1, tzinfo=UTC)
+        except (OverflowError, ValueError, OSError):
+            raise ConfigError(f"timestamp: {timestamp} cannot be told in UTC") from None
         fine = since.microseconds % 1000 > 0
         return (since.days * 86_400 + since.seconds) * 1000 + since.microseconds // 1000 + fine
     if isinstance(timestamp, str):
         return parse_time(timestamp, now_ms)
+    if not isinstance(timestamp, int | float) or not math.isfinite(timestamp):
+        raise ConfigError(f"timestamp: not a time: {timestamp!r} (a datetime, seconds, or text)")
     return round(timestamp * 1000)
 
 
@@ -330,7 +347,7 @@ def _relative_s(words: str) -> float | None:
             return None
         seconds += float(number) * size
     rest = _WORDS_RE.sub("", words).replace("and", "").replace(",", "").strip()
-    return None if rest or not seconds else seconds
+    return seconds if not rest and 0 < seconds < _LONG_AGO_S else None
 
 
 @contextlib.contextmanager

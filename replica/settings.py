@@ -58,6 +58,7 @@ __all__ = [
     "Remarks",
     "ReplicaSettings",
     "absolute",
+    "database_file",
     "database_path",
     "known_values",
     "make_database",
@@ -68,6 +69,7 @@ _log = logging.getLogger(__name__)
 
 _MIB: Final = 1024 * 1024
 _MAX_PART_SIZE: Final = 5 * 1024 * _MIB  # S3's own limit
+_MAX_BUSY_TIMEOUT_S: Final = 2_147_483  # SQLite counts milliseconds in 32 bits
 
 
 Parser = Callable[[str, object], object]
@@ -358,7 +360,7 @@ def make_replica(
                 if name in REPLICA_KEYS and value != ""
             }
         else:
-            from_url = {"type": "file", "path": text}
+            from_url = {"type": "file", "path": parse_text("path", text)}
         if fields.setdefault("type", from_url["type"]) != from_url["type"]:
             raise ConfigError(f"type: {fields['type']} does not fit the URL")
         # A global bucket or path is for replicas that name none themselves.
@@ -554,15 +556,25 @@ def make_database(
         raise ConfigError("min-checkpoint-page-count: must be at least 1")
     if not 2.0 <= more.get("fence_lease_s", 30.0) <= 120.0:
         raise ConfigError("fence-lease: must be from 2s to 2m")
+    if more.get("busy_timeout_s", 0.0) > _MAX_BUSY_TIMEOUT_S:
+        raise ConfigError(f"busy-timeout: {_MAX_BUSY_TIMEOUT_S} s at most")
     meta_path = values.get("meta-path")
-    return DatabaseSettings(
-        path=file,
-        meta_path=(
-            absolute(str(meta_path)) if meta_path else file.with_name(f".{file.name}-walship")
-        ),
-        replica=replica,
-        **more,
-    )
+    directory = absolute(str(meta_path)) if meta_path else file.with_name(f".{file.name}-walship")
+    if directory == file:
+        raise ConfigError(f"meta-path: {file} is the database itself")
+    if replica is not None and isinstance(replica.store, LocalSettings):
+        _check_apart(replica.store.path, file, directory)
+    return DatabaseSettings(path=file, meta_path=directory, replica=replica, **more)
+
+
+def _check_apart(replica: Path, file: Path, directory: Path) -> None:
+    """Refuse a replica that would lie in the database's own file or state."""
+    if replica == file:
+        raise ConfigError(f"replica: {replica} is the database itself: name a directory for it")
+    if replica == directory or directory in replica.parents:
+        raise ConfigError(
+            f"replica: {replica} is the local state of {file.name}: name another directory for it"
+        )
 
 
 def database_path(path: str) -> Path:
@@ -577,7 +589,21 @@ def database_path(path: str) -> Path:
         path = path.removeprefix(prefix)
     if not path or path == ":memory:" or "\0" in path:
         raise ConfigError(f"path: {path!r} is not a database file")
+    if is_url(path) or path.startswith("file:"):
+        raise ConfigError(f"path: {path!r} is a URL: a database is named by the path of its file")
     return absolute(path)
+
+
+def database_file(path: str) -> Path:
+    """As `database_path`, and no directory lies there.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    file = database_path(path)
+    if os.path.isdir(file):
+        raise ConfigError(f"path: {file} is a directory, not a database file")
+    return file
 
 
 # --- small things --------------------------------------------------------------------------------

@@ -504,6 +504,23 @@ class SqlitePort:
             except apsw.ConnectionClosedError:
                 return False  # by the application, and its lock is gone rightly
 
+    def has_moved(self) -> bool:
+        """Whether the database's file was deleted, renamed or replaced under us.
+
+        Connections go on with the file that they have, and what they write is lost with it.
+        """
+        with self._probe_lock:
+            if self._watch < 0:
+                return False
+            mine = os.fstat(self._watch)
+        try:
+            named = os.stat(self.path)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False  # who knows: the next look may
+        return not os.path.samestat(mine, named)
+
     def pause_views(self, wait_s: float) -> None:
         """Keep other threads from opening read views until `resume`: the process is forking.
 

@@ -32,7 +32,7 @@ from .capture import Capture
 from .clock import Clock
 from .compaction import Levels
 from .election import Locks
-from .errors import ClosedError, ContinuityError, ReplicaError, StoreError
+from .errors import ClosedError, ContinuityError, ObjectNotFound, ReplicaError, StoreError
 from .fence import Fence
 from .peers import Message, Peers
 from .sender import Latecomer, Requests, Sender
@@ -191,6 +191,7 @@ class Uploader:
         self._acked_txid = capture.state.acked_txid
         # Scheduling thread only.
         self._leading = False
+        self._vanished = False  # bucket or lease were not found
         self._next_watch = float("-inf")
         self._slots: dict[int, _Slot] = {}
         # Whose segment is under the TXID of our first slot.
@@ -398,6 +399,10 @@ class Uploader:
             self._dirty_since = now
         if not self._locks.lead():
             return self._follow(now)
+        if self._vanished:
+            if any(slot.in_flight for slot in self._slots.values()):
+                return TICK_S
+            self._start_over()
         if not self._leading and not self._begin_to_lead():
             return TICK_S
         if now < self._retry_at:
@@ -488,6 +493,16 @@ class Uploader:
         self._retry_at = float("-inf")
         return True
 
+    def _start_over(self) -> None:
+        """Bucket or lease are gone: what comes back in their place may be empty, so the replica is
+        compared with the record before anything more of it counts."""
+        retry_at = self._retry_at
+        self._vanished, self._leading = False, False
+        self._newest_acked = None
+        self._waits.uncover()
+        if self._begin_to_lead():
+            self._retry_at = retry_at
+
     # -- the one that leads -------------------------------------------------------------------
 
     def _take_and_send(self, now: float, ticket: int) -> float:
@@ -540,7 +555,11 @@ class Uploader:
 
     def _frozen(self) -> Sealed | None:
         if self._capture.full_copy_reason is None:
-            return self._capture.take()
+            sealed = self._capture.take()
+            if sealed is None:
+                self._watch_or_give_up()  # before a file that is gone is taken for an empty one
+            return sealed
+        self._watch_or_give_up()
         if not self._capture.record.has_content() or not self._capture.in_wal_mode:
             return None
         return self._capture.resync.take()
@@ -677,6 +696,7 @@ class Uploader:
             elif outcome.error is not None:
                 if outcome.txid >= 0:
                     failed = outcome.error
+                    self._vanished = self._vanished or _has_vanished(failed)
             elif slot is not None:
                 slot.done = True
                 slot.began = outcome.began
@@ -685,7 +705,7 @@ class Uploader:
                 self._progress.uploads += 1
                 self._progress.upload_bytes += slot.sealed.size_bytes
                 self._progress.last_upload_ms = self._clock.now_ms()
-        if self._fatal is None and self._reconciled:
+        if self._fatal is None and self._reconciled and not self._vanished:
             self._acknowledge()
         if failed is not None:
             self._failed(failed)
@@ -724,6 +744,8 @@ class Uploader:
         attempt; a hiccup that the second attempt mends is not worth one."""
         now = self._clock.monotonic()
         self._progress.last_error = str(error)
+        if self._fatal is not None:
+            return TICK_S  # that was said, and nothing is tried again
         if now < self._retry_at:
             return self._retry_at - now  # one of several that were under way: it counts once
         self._failures += 1
@@ -762,6 +784,13 @@ def error_of(kind: str, text: str) -> ReplicaError:
         if kind == known.__name__:
             return known(text)
     return ContinuityError(text) if kind == ContinuityError.__name__ else ReplicaError(text)
+
+
+def _has_vanished(error: ReplicaError) -> bool:
+    """Whether an upload or a renewal found no bucket, or no lease."""
+    if isinstance(error, StoreError):
+        return isinstance(error, ObjectNotFound) or error.code == "NoSuchBucket"
+    return False
 
 
 def is_disk_full(error: BaseException) -> bool:

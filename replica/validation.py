@@ -15,6 +15,7 @@ from typing import Final
 from .clock import Clock
 from .verify import LastVerified, Verification, in_words, last_verified, remember
 from .verify_process import VerifyProcess
+from .waits import countable
 
 __all__ = ["Validation"]
 
@@ -92,6 +93,7 @@ class Validation:
         Returns:
             None if the database was closed meanwhile.
         """
+        timeout = countable(timeout)
         process = self._make()
         with self._lock:
             if self._paused or self._stopped:

@@ -38,6 +38,7 @@ _DURATION_UNITS_S: Final = {
     "h": 3600.0,
     "d": 86400.0,
 }
+_DURATION_MAX_S: Final = 9e9  # 285 years; locks count no further
 _DURATION_PART: Final = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h|d)")
 _SIZE: Final = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]*)")
 _SIZE_UNITS: Final = {
@@ -57,7 +58,7 @@ _BOOLS: Final = {
 
 
 def parse_duration(name: str, value: object) -> float:
-    """Seconds (finite, not negative) of a number (seconds) or text: ``1s``, ``1h30m``, ``7d``.
+    """Seconds (not negative, finite) of a number (seconds) or text: ``1s``, ``1h30m``, ``7d``.
 
     Raises:
         ConfigError: anything else, naming the setting.
@@ -75,7 +76,7 @@ def parse_duration(name: str, value: object) -> float:
             seconds = total
         elif re.fullmatch(r"\d+(\.\d*)?|\.\d+", text):
             seconds = float(text)
-    if seconds is None or not math.isfinite(seconds) or seconds < 0:
+    if seconds is None or not 0 <= seconds <= _DURATION_MAX_S:
         raise ConfigError(f"{name}: not a duration: {value!r} (seconds, or 500ms, 1s, 5m, 24h, 7d)")
     return seconds
 

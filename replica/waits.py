@@ -13,7 +13,12 @@ from dataclasses import dataclass
 
 from .errors import ReplicaError
 
-__all__ = ["Waits"]
+__all__ = ["Waits", "countable"]
+
+
+def countable(timeout: float | None) -> float | None:
+    """A time-out in seconds that locks can take: None, without end, for what they cannot count."""
+    return None if timeout is None or timeout > threading.TIMEOUT_MAX else timeout
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ from walship.replica.config import (
 from walship.replica.engine import Engine, Status
 from walship.replica.errors import ClosedError, ConfigError, ReplicaError
 from walship.replica.marks import Mark
-from walship.replica.settings import DatabaseSettings, ReplicaSettings
+from walship.replica.settings import DatabaseSettings, ReplicaSettings, database_file
 from walship.replica.sqlite import RefusedError, refuse_asynchronous, require_sqlite
 from walship.replica.verify import Verification
 
@@ -123,7 +123,7 @@ class Replication:
 
     def _refuse_write_transaction(self, what: str) -> None:
         connection = None if self._connection is None else self._connection()
-        if connection is not None and connection.txn_state() == apsw.SQLITE_TXN_WRITE:
+        if connection is not None and _is_writing(connection):
             raise RefusedError(f"{what} inside a write transaction: commit it first")
 
     def status(self) -> Status:
@@ -193,6 +193,13 @@ class Replication:
         self._engine.validation.on_failed(callback)
 
 
+def _is_writing(connection: apsw.Connection) -> bool:
+    try:
+        return connection.txn_state() == apsw.SQLITE_TXN_WRITE
+    except apsw.ConnectionClosedError:
+        return False
+
+
 def connect(
     path: str | os.PathLike[str],
     replica: ReplicaLike | None = None,
@@ -232,7 +239,7 @@ def connect(
         apsw.Error: SQLite could not open the database.
     """
     require_sqlite()
-    name = canonical(path)
+    name = _database(path)
     own = {
         "page_size": page_size,
         "busy_timeout": busy_timeout,
@@ -257,6 +264,15 @@ def connect(
         connection.close(True)
         raise
     return connection
+
+
+def _database(path: str | os.PathLike[str]) -> str:
+    """The file that is meant, as SQLite names it.
+
+    Raises:
+        ConfigError: it is no file, but a directory, a URL, or a database in memory.
+    """
+    return canonical(database_file(os.fsdecode(path)))
 
 
 def _settings(
@@ -367,7 +383,7 @@ def configure(
                 f"(looked for: {', '.join(CONFIG_PLACES)})"
             )
     elif replica is not None or not os.fspath(path).endswith((".yml", ".yaml")):
-        registry.configure(database_settings(canonical(path), replica, **settings))
+        registry.configure(database_settings(_database(path), replica, **settings))
         return
     if settings:
         raise ConfigError(
@@ -390,7 +406,7 @@ def replication(database: apsw.Connection | str | os.PathLike[str]) -> Replicati
         refuse_asynchronous(database, "give the path of its database")
         path = database.db_filename("main")
     else:
-        path = canonical(database)
+        path = _database(database)
     engine = registry.engine(path) if path else None
     if engine is None:
         raise ClosedError(

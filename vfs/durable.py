@@ -17,6 +17,7 @@ import apsw
 from walship.replica.clock import SystemClock
 from walship.replica.engine import Engine
 from walship.replica.sqlite import RefusedError, refuse_asynchronous
+from walship.replica.waits import countable
 
 from .commits import collect
 from .registry import registry
@@ -109,7 +110,7 @@ class durable:
     def __init__(self, connection: apsw.Connection, timeout: float | None = None) -> None:
         refuse_asynchronous(connection, "commit, then `await walship.aio.wait(path)`")
         self._connection = connection
-        self._timeout = timeout
+        self._timeout = countable(timeout)
         self._collecting = collect()
 
     def __enter__(self) -> apsw.Connection:

@@ -109,6 +109,7 @@ class MainFile(apsw.VFSFile):
         self.path = engine.path
         self._uploader = engine.uploader
         self._synced = False
+        self._is_read_only = bool(flags[1] & apsw.SQLITE_OPEN_READONLY)
         # In a write transaction with a rollback journal.
         self._is_writing = False
         self._copying_since = 0.0
@@ -156,6 +157,10 @@ class MainFile(apsw.VFSFile):
             self._forgive(self.engine.before_reading)
         elif level == _LOCK_RESERVED:
             self._is_writing = True
+        elif level == _LOCK_EXCLUSIVE and self._is_read_only:
+            # The kernel would refuse it, and the application's close() would fail.  SQLite then
+            # leaves the checkpoint to another connection.
+            raise apsw.BusyError("opened for reading only")
         elif level == _LOCK_EXCLUSIVE and self.is_last():
             self._forgive(self.engine.before_close)
         _lock(self, level)

@@ -143,6 +143,7 @@ class Registry:
                 settings = self.settings_for(path)
                 if settings is None or settings.replica is None:
                     return None
+                self._refuse_second_name(path)
                 self._guard(path)
                 if settings.restore == "if-missing":
                     restore_if_missing(settings, self.host)
@@ -173,8 +174,7 @@ class Registry:
             if not self._is_unused(path, engine):
                 return
             self._forget(path)
-        engine.uploader.stop()
-        engine.release()
+        engine.abandon()
 
     def _is_unused(self, path: str, engine: Engine) -> bool:
         return (
@@ -193,6 +193,16 @@ class Registry:
                     f"{engine.path} and {other.path} may not share one replica "
                     f"({other.status().replica}): give each its own path"
                 )
+
+    def _refuse_second_name(self, path: str) -> None:
+        """SQLite knows a log by its database's name: under two names each would have its own."""
+        for other in self._engines:
+            with contextlib.suppress(OSError):
+                if os.path.samefile(path, other):
+                    raise RefusedError(
+                        f"{path} and {other}, which is open, are one file (a hard link): open it "
+                        "under one of its names only"
+                    )
 
     def add(self, path: str, file: MainFile) -> None:
         """A connection to ``path`` is open; ``file`` is its main file."""

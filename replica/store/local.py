@@ -481,8 +481,12 @@ class LocalStore:
                     ),
                     key=lambda item: os.fsencode(item[0]),
                 )
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return
+        except NotADirectoryError:
+            if self._root.is_dir():
+                return
+            raise  # a replica will never be there
         after = None if start_after is None else os.fsencode(start_after)
         for entry_name, entry in found:
             key = folder + entry_name

@@ -109,6 +109,7 @@ _WITHOUT_EFFECT_CODES: Final = frozenset(
 )
 _WITH_EFFECT: Final = frozenset({"write", "replace", "delete"})
 _NO_KEY_CODES: Final = frozenset({"NoSuchKey", "404", "NotFound"})
+_URL_IN_QUOTES: Final = re.compile(r'URL: "(\w+://[^/"?]+)[^"]*"\.?')
 _EXPIRED_CODES: Final = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"})
 #: Other keys may help.  An answer to HEAD has no body and tells its status only.
 _KEY_CODES: Final = _EXPIRED_CODES | {
@@ -794,7 +795,8 @@ class S3Store:
     def _failed(self, action: str, key: str, error: boto_errors.BotoCoreError) -> StoreError:
         what = self._what(action, key)
         code = type(error).__name__
-        text = _one_line(error)
+        # Of a request's URL only the server is news: bucket and key were said.
+        text = _URL_IN_QUOTES.sub(r"URL \1", _one_line(error))
         if isinstance(error, (boto_errors.NoCredentialsError, boto_errors.PartialCredentialsError)):
             return StoreError(
                 f"{what}: no credentials (set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "

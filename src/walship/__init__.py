@@ -11,7 +11,9 @@ Everything public is listed in ``__all__``; the rest may change.
 
 from __future__ import annotations
 
+import importlib
 import sys
+from types import ModuleType
 
 if sys.platform == "win32":
     raise ImportError(
@@ -55,6 +57,14 @@ from walship.vfs.replicating import ReplicatingVFS, install
 install()
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> ModuleType:
+    """``walship.aio`` and ``walship.middleware`` are imported when they are first named."""
+    if name in ("aio", "middleware"):
+        return importlib.import_module(f"walship.{name}")
+    raise AttributeError(f"module 'walship' has no attribute {name!r}")
+
 
 __all__ = [
     "ChecksumError",

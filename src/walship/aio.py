@@ -20,6 +20,7 @@ import apsw
 
 from walship.replica.engine import Engine
 from walship.replica.sqlite import RefusedError, refuse_asynchronous
+from walship.replica.waits import countable
 from walship.vfs.commits import collect
 from walship.vfs.connection import replication
 
@@ -77,7 +78,7 @@ class durable:
     def __init__(self, connection: apsw.Connection, timeout: float | None = None) -> None:
         refuse_asynchronous(connection, "commit, then `await walship.aio.wait(path)`")
         self._connection = connection
-        self._timeout = timeout
+        self._timeout = countable(timeout)
         self._collecting = collect()
 
     async def __aenter__(self) -> apsw.Connection:

@@ -234,6 +234,16 @@ def test_a_clean_close_hands_over_at_once(local_hosts: Hosts) -> None:
     assert rows_of(hosts.restore()) == hosts.fleet.committed()
 
 
+def test_an_open_that_fails_leaves_the_replica_free(local_hosts: Hosts) -> None:
+    """Who could not open the database keeps nobody else waiting for the lease."""
+    a = local_hosts.start("a", opened=False, fence_lease=120.0)
+    error = _refused(a, "open(flags=2)")  # of a file that is not there, and shall not be made
+    assert error.kind == "CantOpenError"
+    b = local_hosts.start("b", fence_lease=120.0)
+    b.run("insert()")
+    assert rows_of(local_hosts.restore()) == set(b.committed)
+
+
 def test_after_sigkill_the_same_disk_goes_on_at_once(local_hosts: Hosts) -> None:
     """It knows the nonce of the lease that its dead process held, with whatever process comes."""
     hosts = local_hosts

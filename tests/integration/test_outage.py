@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import walship
-from support.databases import WAIT_S, Database, Stores
+from support.databases import WAIT_S, Database, Stores, dump
+from support.servers import S3Endpoint
 from walship.replica.errors import StoreError, StoreUnavailable
 
 
@@ -117,3 +119,43 @@ def test_a_hiccup_is_not_worth_a_line(
     walship.replication(connection).sync(WAIT_S)
     assert stores.last.faults["before"] == stores.last.faults["after"] == 1
     assert _lines(caplog) == []
+
+
+@pytest.mark.parametrize("noticed_by", ["the next upload", "the lease"])
+def test_a_bucket_that_was_deleted_and_made_again(
+    noticed_by: str,
+    minio_server: S3Endpoint,
+    tmp_path: Path,
+    stores: Stores,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What is acknowledged afterwards is restored: all that the bucket had is shipped anew."""
+    bucket = minio_server.make_bucket()
+    replica = minio_server.replica(bucket, "app")
+    with contextlib.closing(walship.connect(tmp_path / "app.db", replica)) as connection:
+        connection.execute("CREATE TABLE t (x)")
+        replication = walship.replication(connection)
+        replication.sync(WAIT_S)
+        _delete_bucket(minio_server, bucket)
+        if noticed_by == "the next upload":
+            connection.execute("INSERT INTO t VALUES (1)")
+            with pytest.raises(walship.NotYetReplicated, match="does not exist: create it"):
+                while True:
+                    replication.sync(0.2)
+            minio_server.make_bucket(bucket)
+        else:
+            minio_server.make_bucket(bucket)
+            connection.execute("INSERT INTO t VALUES (1)")
+            replication.engine.fence._proof = float("-inf")  # as after a long pause
+        replication.sync(WAIT_S)
+        assert replication.status().state == "ok"
+        walship.restore(replica, tmp_path / "restored.db", integrity_check="full")
+    assert dump(tmp_path / "restored.db") == dump(tmp_path / "app.db")
+    assert any("has lost txid" in line for line in _lines(caplog))
+
+
+def _delete_bucket(server: S3Endpoint, bucket: str) -> None:
+    with contextlib.closing(server.client()) as client:
+        for key in server.keys(bucket):
+            client.delete_object(Bucket=bucket, Key=key)
+        client.delete_bucket(Bucket=bucket)

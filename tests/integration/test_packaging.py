@@ -135,6 +135,17 @@ def test_import_is_light(site: Path) -> None:
     assert found == [str(site / "walship" / "__init__.py"), []]
 
 
+def test_modules_that_come_when_they_are_named(site: Path) -> None:
+    """``import walship`` is enough for ``walship.aio.wait`` and for the middleware."""
+    found = run_from(
+        site,
+        "import json, walship\n"
+        "print(json.dumps([walship.aio.wait.__name__, walship.middleware.DurableASGI.__name__,\n"
+        "                  hasattr(walship, 'no_such_thing')]))",
+    )
+    assert found == ["wait", "DurableASGI", False]
+
+
 def test_directory_replica_needs_no_sdk(site: Path, tmp_path: Path) -> None:
     """Replicating to a directory and restoring from it works from the wheel, without boto3."""
     database, replica = str(tmp_path / "app.db"), str(tmp_path / "replica")

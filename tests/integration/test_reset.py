@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,33 @@ def test_a_database_that_is_open_is_not_reset(
         assert "close the database" in capsys.readouterr().err
         database.sync()
     database.assert_replica_equals_file()
+
+
+def test_an_open_database_is_not_replaced(
+    database: Database, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A restore, forced or not, leaves a database alone that is open; and works once it is not."""
+    replica = str(database.replica)
+    with database.opened() as connection:
+        connection.execute("CREATE TABLE t (x)")
+        database.sync()
+        connection.execute("INSERT INTO t VALUES (1)")
+        with pytest.raises(walship.RefusedError, match="close the database in every process"):
+            walship.restore(replica, database.path, overwrite=True)
+        assert main(["restore", "-force", "-o", str(database.path), replica]) == 1
+        assert "close the database in every process" in capsys.readouterr().err
+        program = [sys.executable, "-m", "walship.cli", "restore", "-force", "-o"]
+        elsewhere = subprocess.run(
+            [*program, str(database.path), replica],
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        assert elsewhere.returncode == 1
+        assert "close the database in every process" in elsewhere.stderr
+        assert connection.execute("SELECT x FROM t").get == 1
+    database.assert_replica_equals_file()
+    assert main(["restore", "-force", "-o", str(database.path), replica]) == 0
 
 
 def test_reset_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

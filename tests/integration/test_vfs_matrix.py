@@ -11,7 +11,7 @@ import apsw
 import pytest
 
 import walship
-from support.databases import Database, assert_same_bytes, dump
+from support.databases import WAIT_S, Database, assert_same_bytes, dump
 from walship.replica.check import integrity_check
 
 PAGE_SIZES = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
@@ -514,3 +514,52 @@ def _without_mode(path: Path, content: bytes | None = None) -> Path:
     data[18:20], data[24:28], data[92:100] = b"\0\0", b"\0" * 4, b"\0" * 8
     path.write_bytes(data)
     return path
+
+
+def test_the_last_connection_is_for_reading_only(tmp_path: Path) -> None:
+    """It is closed without an error; the WAL stays for whoever may write, as with plain SQLite."""
+    database = Database(tmp_path)
+    with database.opened() as connection:
+        connection.execute("CREATE TABLE t (x)")
+        reader = database.connect(flags=apsw.SQLITE_OPEN_READONLY)
+        assert reader.execute("SELECT count(*) FROM t").get == 0
+    reader.close()
+    with database.opened() as connection:
+        connection.execute("INSERT INTO t VALUES (1)")
+        database.assert_replica_equals_now()
+    database.assert_replica_equals_file()
+
+
+def test_a_hard_link_to_an_open_database(tmp_path: Path) -> None:
+    """Under a second name it would get a second log, and be ruined."""
+    database = Database(tmp_path)
+    with database.opened() as connection:
+        connection.execute("CREATE TABLE t (x)")
+        (tmp_path / "other.db").hardlink_to(database.path)
+        with pytest.raises(walship.RefusedError, match="hard link"):
+            Database(tmp_path, "other.db").connect()
+        connection.execute("INSERT INTO t VALUES (1)")
+        database.assert_replica_equals_now()
+    database.assert_replica_equals_file()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_is_taken_away(replaced: bool, tmp_path: Path) -> None:
+    """Nothing that is written to a file without a name counts as shipped, and soon none is."""
+    database = Database(tmp_path)
+    with database.opened() as connection:
+        connection.execute("CREATE TABLE t (x)")
+        database.sync()
+        if replaced:
+            (tmp_path / "new.db").write_bytes(database.path.read_bytes())
+            (tmp_path / "new.db").replace(database.path)
+        else:
+            for suffix in ("", "-wal", "-shm"):
+                Path(f"{database.path}{suffix}").unlink()
+        connection.execute("INSERT INTO t VALUES (1)")
+        with pytest.raises(walship.RefusedError, match="deleted, renamed or replaced"):
+            while True:
+                walship.replication(connection).sync(WAIT_S)
+                assert replaced, "a commit to a deleted file was acknowledged"
+        with pytest.raises(walship.RefusedError, match="deleted, renamed or replaced"):
+            connection.execute("INSERT INTO t VALUES (2)")

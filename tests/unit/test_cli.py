@@ -300,6 +300,24 @@ def both_targets(tmp_path: Path) -> list[object]:
     return [*flags, "-o", tmp_path / "out.db", f"file://{GOLDEN}/b-512/replica"]
 
 
+def a_pipe(tmp_path: Path) -> list[object]:
+    os.mkfifo(tmp_path / "out.db")
+    return ["-force", "-o", tmp_path / "out.db", f"file://{GOLDEN}/b-512/replica"]
+
+
+def a_url(tmp_path: Path) -> list[object]:
+    return ["-o", "s3://bucket/app.db", f"file://{GOLDEN}/b-512/replica"]
+
+
+def too_long(tmp_path: Path) -> list[object]:
+    return ["-delta", "-o", tmp_path / ("x" * 300), f"file://{GOLDEN}/b-512/replica"]
+
+
+def a_loop(tmp_path: Path) -> list[object]:
+    (tmp_path / "out.db").symlink_to("out.db")
+    return ["-delta", "-o", tmp_path / "out.db", f"file://{GOLDEN}/b-512/replica"]
+
+
 def no_output(tmp_path: Path) -> list[object]:
     return [f"file://{GOLDEN}/b-512/replica"]
 
@@ -322,6 +340,10 @@ def other_scheme(tmp_path: Path) -> list[object]:
         (gap, 6),
         (existing, 7),
         (both_targets, 1),
+        (a_pipe, 1),
+        (a_url, 1),
+        (too_long, 1),
+        (a_loop, 1),
         (no_output, 1),
         (url_and_config, 1),
         (other_scheme, 1),
@@ -356,6 +378,11 @@ def test_restore_exit_codes(
         ["restore", "app.db"],
         ["databases"],
         ["status"],
+        ["status", "x" * 300],
+        ["status", "."],
+        ["reset", "."],
+        ["replicate", "/", "file:///x"],
+        ["restore", "-if-db-not-exists", "-o", "x" * 300, "file:///x"],
         ["databases", "-config", "/does/not/exist.yml"],
         ["doctor"],
         ["doctor", "app.db"],

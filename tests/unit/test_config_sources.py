@@ -450,6 +450,30 @@ def test_no_database_file(path: str) -> None:
         database_settings(path, environ={})
 
 
+@pytest.mark.parametrize("path", ["file:app.db?replica=r", "file:///data/app.db", "s3://b/app"])
+def test_a_url_is_no_database_file(path: str) -> None:
+    """SQLite would make a file of that name."""
+    with pytest.raises(ConfigError, match="is a URL"):
+        database_settings(path, environ={})
+
+
+def test_replicas_in_the_database_s_own_place(tmp_path: Path) -> None:
+    """Neither the database nor its local state can be the replica as well."""
+    file = tmp_path / "app.db"
+    for replica in (file, tmp_path / ".app.db-walship", tmp_path / ".app.db-walship" / "r"):
+        with pytest.raises(ConfigError, match="replica: "):
+            database_settings(file, replica, environ={})
+    with pytest.raises(ConfigError, match="meta-path: "):
+        database_settings(file, tmp_path / "r", meta_path=str(file), environ={})
+
+
+def test_durations_that_nothing_can_count() -> None:
+    """SQLite's and the locks' clocks have an end; a longer time is refused, not cut."""
+    for setting, value in (("busy_timeout", "30d"), ("open_timeout", 1e10)):
+        with pytest.raises(ConfigError, match=setting.replace("_", "-")):
+            database_settings("/data/app.db", environ={}, **{setting: value})
+
+
 def test_the_implicit_switch() -> None:
     """WALSHIP_REPLICA alone names a replica by itself; other variables never do."""
     others = {"BUCKET_NAME": "my-bucket", "AWS_REGION": "auto"}

@@ -21,7 +21,7 @@ from walship.replica.errors import (
     ConfigError,
 )
 from walship.replica.format.types import format_txid
-from walship.replica.settings import database_path
+from walship.replica.settings import database_file, database_path
 from walship.sidecar.commands import control, replicate, socket_of
 from walship.vfs.registry import canonical
 
@@ -41,7 +41,7 @@ def run_replicate(arguments: argparse.Namespace, clock: Clock) -> int:
         if arguments.database is None:
             settings, _ = required_config(arguments)
         else:
-            path = database_path(arguments.database)
+            path = database_file(arguments.database)
             replica = parse_replica(arguments.replica)
             settings = Settings(databases=(database_settings(path, replica),))
         if arguments.socket is not None:

@@ -24,7 +24,7 @@ from walship.replica.format.types import format_txid
 from walship.replica.overview import Overview, ask_running, look_at
 from walship.replica.process import started_ms
 from walship.replica.reset import reset
-from walship.replica.settings import ReplicaSettings, database_path
+from walship.replica.settings import ReplicaSettings, database_file
 from walship.replica.spool import state_directory
 from walship.replica.verify import last_verified
 from walship.sidecar.commands import control
@@ -148,7 +148,7 @@ def _chosen(arguments: argparse.Namespace) -> list[tuple[Path, Path, ReplicaSett
             return [(wanted.path, wanted.meta_path, wanted.replica)]
         if arguments.config is not None:
             raise ConfigError(f"{arguments.database} is not in {arguments.config}")
-        path = database_path(arguments.database)
+        path = database_file(arguments.database)
         return [(path, state_directory(path), default_replica())]
     loaded = load(arguments)
     if loaded is None:

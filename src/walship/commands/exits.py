@@ -84,6 +84,7 @@ exit codes:
   8    the store is not fit (doctor)
   9    the replica can be restored, and is not the database (verify)
   130  interrupted (Ctrl-C); nothing was changed
+  143  terminated (SIGTERM); nothing was changed
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from walship.commands.output import (
     segment_json,
     timestamp,
 )
-from walship.commands.targets import kind_of, opened, replica_of
+from walship.commands.targets import kind_of, opened, replica_of, state_directory_of
 from walship.replica.clock import Clock
 from walship.replica.errors import (
     ConfigError,
@@ -26,14 +27,17 @@ from walship.replica.errors import (
 )
 from walship.replica.follow import Step, follow, update
 from walship.replica.format.types import format_txid
+from walship.replica.reset import closed_everywhere
 from walship.replica.restore import (
     RestoreResult,
     Source,
     find_source,
+    output_file,
     restore,
 )
 from walship.replica.restore_front import labelled, parse_time, progress_bar, refuse_replicated
 from walship.replica.settings import ReplicaSettings
+from walship.replica.spool import state_directory
 from walship.replica.store.base import ObjectStore
 from walship.replica.values import parse_duration
 
@@ -47,9 +51,11 @@ def run_restore(arguments: argparse.Namespace, clock: Clock) -> int:
         timestamp_ms = parse_time(arguments.timestamp, clock.now_ms())
     replica, database = replica_of(arguments)
     if arguments.o is not None:
+        output_file(arguments.o)
         output = Path(arguments.o)
+        directory = state_directory(Path(os.path.abspath(output)))
     elif database is not None:
-        output = database
+        output, directory = database, state_directory_of(arguments, database)
     else:
         raise ConfigError(f"where to? Try: walship restore -o app.db '{arguments.target}'")
     kept_up = arguments.f or arguments.delta
@@ -72,7 +78,7 @@ def run_restore(arguments: argparse.Namespace, clock: Clock) -> int:
                     return EXIT_OK
                 if kept_up:
                     return _keep_up(arguments, store, output, clock, target_txid, timestamp_ms)
-                with progress_bar(output.name) as progress:
+                with closed_everywhere(directory, clock), progress_bar(output.name) as progress:
                     result = restore(
                         store,
                         output,
