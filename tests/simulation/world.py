@@ -36,7 +36,6 @@ from walship.replica.errors import (
 )
 from walship.replica.fence import LEASE_KEY, Lease, parse_lease
 from walship.replica.format.ltx import Decoder, Encoder, Header
-from walship.replica.format.types import parse_segment_name
 from walship.replica.level_settings import LevelSettings
 from walship.replica.listing import list_replica
 from walship.replica.restore import restore
@@ -894,10 +893,14 @@ class World:
                 if not self._knows_nonce(who, self._lease[1]):
                     self._former = self._lease
             self._lease = (lease, who)
-        elif self._former is not None and self._lease is not None and who is self._lease[1]:
-            if key.startswith(Client(self.bucket).level_prefix(0)):
-                former, self._former = self._former, None
-                self._judge_take_over(*former, who)
+        elif (
+            self._former is not None
+            and self._lease is not None
+            and who is self._lease[1]
+            and key.startswith(Client(self.bucket).level_prefix(0))
+        ):
+            former, self._former = self._former, None
+            self._judge_take_over(*former, who)
 
     def _knows_nonce(self, successor: Process, former: Process) -> bool:
         return successor.disk == former.disk or former.disk in self.origins[successor.disk]
