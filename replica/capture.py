@@ -311,10 +311,17 @@ class Capture:
             return True
 
     def hold_on(self) -> None:
-        """From now on nothing may begin the WAL anew but through the gate; see `release`."""
+        """From now on nothing may begin the WAL anew but through the gate; see `release`.
+
+        Raises:
+            SpoolError: it was begun anew, and that cannot be recorded; all pages will be compared.
+        """
         with self.mutex:
-            if self.record.released is not None:
+            if self.record.released is None:
+                return
+            try:
                 self.record.locate(self._wal.header())
+            finally:
                 self.record.released = None
 
     def drain(self) -> None:

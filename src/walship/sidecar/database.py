@@ -183,7 +183,10 @@ class Sidecar:
         if timeout is not None:
             self._engine.close_within(timeout)
         if self._gave_way:
-            self._engine.capture.hold_on()
+            try:
+                self._engine.capture.hold_on()
+            except ReplicaError as error:
+                self._engine.note_trouble(error)
         self._hold.end()
         self._copier.close(True)
         self._writer.close(True)
