@@ -221,6 +221,21 @@ def test_the_commands_of_the_guide(guide: Guide, monkeypatch: pytest.MonkeyPatch
     guide.check(url)
 
 
+@pytest.mark.parametrize("parameters", ["&region=auto", ""], ids=["quoted", "cut by the shell"])
+def test_replicate_of_the_guide(
+    guide: Guide, parameters: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``walship replicate`` with the line's arguments; without quotes the shell keeps the region
+    to itself, which Tigris does not need."""
+    for name in AWS.split():
+        monkeypatch.setenv(name, guide.variable(name))
+    with contextlib.closing(apsw.Connection(str(guide.database))) as db:
+        db.execute("create table t(x); insert into t values(42)")
+    url = guide.text(f"s3://BUCKETNAME?endpoint=fly.storage.tigris.dev{parameters}")
+    assert cli.main(["replicate", "-once", str(guide.database), url]) == 0
+    guide.check(url)
+
+
 def test_nothing_but_what_fly_injects(guide: Guide, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the five variables a path is enough: the bucket and the endpoint are known."""
     for name in FLY.split():
