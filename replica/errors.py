@@ -52,7 +52,19 @@ __all__ = [
 
 
 class ReplicaError(Exception):
-    """Base of everything this library raises on purpose."""
+    """Base of everything this library raises on purpose.  Can be pickled, for other processes."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exception's own way calls the class with the message alone.
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
+
+def _rebuilt(
+    kind: type[ReplicaError], args: tuple[object, ...], facts: dict[str, object]
+) -> ReplicaError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(facts)
+    return error
 
 
 class ConfigError(ReplicaError):

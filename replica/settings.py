@@ -559,7 +559,7 @@ def make_database(
     if more.get("busy_timeout_s", 0.0) > _MAX_BUSY_TIMEOUT_S:
         raise ConfigError(f"busy-timeout: {_MAX_BUSY_TIMEOUT_S} s at most")
     meta_path = values.get("meta-path")
-    directory = absolute(str(meta_path)) if meta_path else file.with_name(f".{file.name}-walship")
+    directory = absolute(str(meta_path)) if meta_path else file.parent / f".{file.name}-walship"
     if directory == file:
         raise ConfigError(f"meta-path: {file} is the database itself")
     if replica is not None and isinstance(replica.store, LocalSettings):

@@ -571,7 +571,11 @@ class SqlitePort:
                 yield None
                 return
             try:
-                yield self._mark(reader, observe)
+                try:
+                    view = self._mark(reader, observe)
+                except apsw.Error as error:
+                    raise ReplicaError(f"{self.path} cannot be read: {error}") from error
+                yield view
             finally:
                 reader.close(True)
 

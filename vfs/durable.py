@@ -111,11 +111,11 @@ class durable:
         refuse_asynchronous(connection, "commit, then `await walship.aio.wait(path)`")
         self._connection = connection
         self._timeout = countable(timeout)
-        self._collecting = collect()
 
     def __enter__(self) -> apsw.Connection:
         if self._connection.in_transaction:
             raise RefusedError("durable() inside a transaction would wait for itself: end it first")
+        self._collecting = collect()
         self._commits = self._collecting.__enter__()
         self._connection.__enter__()
         return self._connection

@@ -146,6 +146,10 @@ def test_one_transaction_waits(tmp_path: Path, stores: Stores) -> None:
             inside.execute("INSERT INTO t VALUES (1)")
 
     _assert_waits(stores, transaction)
+    again = walship.durable(db, timeout=WAIT_S)
+    for _ in range(2):
+        with again:
+            pass
     stores.block(["put"])
     with pytest.raises(ZeroDivisionError), walship.durable(db):
         db.execute("INSERT INTO t VALUES (2)")

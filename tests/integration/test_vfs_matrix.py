@@ -543,6 +543,22 @@ def test_a_hard_link_to_an_open_database(tmp_path: Path) -> None:
     database.assert_replica_equals_file()
 
 
+def test_a_log_that_is_taken_away(tmp_path: Path) -> None:
+    """Nothing counts as shipped that only an unnamed file holds; it says that it cannot be read."""
+    database = Database(tmp_path)
+    with database.opened() as connection:
+        connection.execute("CREATE TABLE t (x)")
+        database.sync()
+        Path(f"{database.path}-wal").unlink()
+        connection.execute("INSERT INTO t VALUES (1)")
+        with pytest.raises(walship.NotYetReplicated, match="cannot be read"):
+            while True:
+                walship.replication(connection).sync(0.5)
+    with database.opened() as connection:
+        database.sync()
+    database.assert_replica_equals_file()
+
+
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_file_that_is_taken_away(replaced: bool, tmp_path: Path) -> None:
     """Nothing that is written to a file without a name counts as shipped, and soon none is."""

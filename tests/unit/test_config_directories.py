@@ -69,6 +69,13 @@ def test_the_databases_that_are_there(tmp_path: Path) -> None:
     assert found[0].replica.store.region == "eu"
 
 
+def test_the_root_directory(tmp_path: Path) -> None:
+    """``dir: /`` is a directory like others."""
+    settings = load(tmp_path, TENANTS.replace("ROOT/tenants", "/"))
+    found = settings.database(tmp_path / "new" / "a.db")
+    assert key_prefix(found) == f"backup{tmp_path}/new/a.db"
+
+
 def test_without_recursion(tmp_path: Path) -> None:
     """Only what lies directly in the directory is meant, unless it says recursive."""
     make_database(tmp_path / "tenants" / "a.db")
