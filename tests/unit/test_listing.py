@@ -118,7 +118,7 @@ def sender(store: MemoryStore, acked_txid: int = 0) -> tuple[Sender, list[bytes]
         record=SimpleNamespace(body=lambda sealed: bodies[0]),
         state=SimpleNamespace(acked_txid=acked_txid),
     )
-    fence = SimpleNamespace(rival=lambda: None, ensure=lambda: None)
+    fence = SimpleNamespace(rival=lambda: None, ensure=lambda: None, has_outlasted=lambda: False)
     made = Sender("app.db", cast(Any, capture), store, cast(Any, fence), FakeClock())
     return made, bodies
 
