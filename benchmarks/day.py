@@ -28,13 +28,15 @@ _SETTINGS = {
     "fence_lease": "2s",
     "l0_retention_check_interval": "1s",
 }
+#: After the last commit: until that is in the highest level, and level 0 is cleaned up.
+_REST_S = 25
 
 
 def run(setting: Setting) -> list[Row]:
     n_bytes = int(setting.pick(1450, 100)) * 1_000_000
     commits = int(setting.pick(1440, 150))
     with setting.place() as place:
-        build(setting, place, n_bytes, commits, **_SETTINGS)
+        build(setting, place, n_bytes, commits, rest_s=_REST_S, **_SETTINGS)
         sizes = place.endpoint.keys(place.bucket, "db/")
         largest = max(sizes, key=lambda key: sizes[key])
         results = interleave(

@@ -62,10 +62,19 @@ def run(setting: Setting) -> list[Row]:
     ]
 
 
-def build(setting: Setting, place: Place, n_bytes: int, segments: int, **settings: object) -> None:
+def build(
+    setting: Setting,
+    place: Place,
+    n_bytes: int,
+    segments: int,
+    *,
+    rest_s: float = 0,
+    **settings: object,
+) -> None:
     """A replica of a database of so many bytes: the first copy, then small segments.
 
     Args:
+        rest_s: how long the database stays open after the last commit, seconds.
         settings: of the database, in place of the defaults.
     """
     job = {
@@ -77,6 +86,7 @@ def build(setting: Setting, place: Place, n_bytes: int, segments: int, **setting
         "bytes": n_bytes,
         "segments": segments,
         "settings": settings,
+        "rest_s": rest_s,
     }
     with Worker(job, setting) as worker:
         worker.wait_ready()

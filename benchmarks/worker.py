@@ -666,6 +666,7 @@ def build(job: Job) -> Job:
             )
         db.execute("commit")
         walship.replication(db).sync(60)
+    time.sleep(job.get("rest_s", 0))
     status = walship.replication(db).status()
     db.close()
     return {"txid": status.replicated_txid}
