@@ -409,6 +409,31 @@ def test_a_store_that_can_is_asked_once(world: World) -> None:
     assert puts == [LEASE_KEY]
 
 
+def test_what_a_former_writer_can_still_acknowledge(world: World) -> None:
+    """Nothing, if its lease was waited out and is ours yet; else nobody knows."""
+    notes = Notes()
+    first = world.fence("a", notes)
+    first.acquire()
+    assert not first.has_outlasted()  # there was nobody to wait for
+    copy = world.fence("copy of a", notes)
+    copy.acquire()
+    assert not copy.has_outlasted()  # it knew the nonce, and did not wait
+    copy.release()
+    given = world.fence("b")
+    given.acquire()
+    assert not given.has_outlasted()  # it was given up, by a copy
+    world.clock.advance(LEASE_S + 5)
+    second = world.fence("c")
+    second.acquire()
+    assert second.has_outlasted()
+    world.clock.advance(LEASE_S + 5)
+    assert second.has_outlasted()
+    world.clock.advance(LEASE_S + 5)
+    world.fence("d").acquire()
+    with pytest.raises(FencedError, match="taken over by d"):
+        second.has_outlasted()
+
+
 def test_off_sends_nothing(world: World) -> None:
     """fence: off makes no request at all."""
     world.store.away = True
