@@ -385,7 +385,12 @@ class Capture:
         assert state.position is not None
         position = WalPosition(state.position.salts, batch.last, batch.checksum)
         return replace(
-            state, position=position, previous=None, fingerprint=None, commit=batch.commit
+            state,
+            position=position,
+            written_ns=self.record.written_ns(),
+            previous=None,
+            fingerprint=None,
+            commit=batch.commit,
         )
 
     def _new_frames(self, *, limit: bool) -> tuple[Batch, int] | None:

@@ -73,7 +73,7 @@ _ROUNDING_S: Final = 2.0
 _POLL_S: Final = 0.25
 #: Races for the lease that are lost in a row before somebody else is believed to win for good.
 _RACES: Final = 5
-#: Nonces of failed attempts at the lease that are remembered, besides the one that holds.
+#: Nonces of earlier processes' attempts that are remembered, besides the one that holds.
 _NONCES: Final = 3
 #: A tag that no object has.
 _NO_ETAG: Final = "00000000000000000000000000000000"
@@ -218,6 +218,8 @@ class Fence:
         self._etag = ""
         self._proof = float("-inf")
         self._outlasted = False
+        # Of attempts at the lease that may still succeed; only the thread that acquires uses it.
+        self._drawn = ""
 
     # -- what holds now -----------------------------------------------------------------------
 
@@ -346,17 +348,20 @@ class Fence:
         generation = (held.generation if held is not None else 0) + 1
         known = self._memory.nonces()
         ours = held is not None and held.nonce in known
+        # One for all attempts of this process, each of which may land late.
+        self._drawn = self._drawn or secrets.token_hex(8)
         lease = Lease(
             generation=generation,
             owner=self._owner,
             expires_at_ms=self._expiry(),
-            nonce=secrets.token_hex(8),
+            nonce=self._drawn,
             lease_s=self._lease_s,
             process=self._process,
         )
         # The swap may fail, or its answer be lost, or it may land late.
-        others = [nonce for nonce in known[-_NONCES:] if held is None or nonce != held.nonce]
-        kept = (held.nonce,) if held is not None and ours else ()
+        named = (lease.nonce, held.nonce if held is not None else "")
+        others = [nonce for nonce in known[-_NONCES:] if nonce not in named]
+        kept = (held.nonce,) if held is not None and ours and held.nonce != lease.nonce else ()
         self._memory.keep_nonces((*kept, *others, lease.nonce))
         if not self._memory.is_tested():
             if not self._test(lease, version is not None):
@@ -379,6 +384,7 @@ class Fence:
         with self._lock:
             self._hold(lease, info.etag or "", began)
             self._outlasted = outlasted
+        self._drawn = ""
         if held is not None and not self._is_free(held):
             log.warning(
                 "%s taken over from %s, whose lease had run out", self._store.url, held.owner
@@ -427,6 +433,11 @@ class Fence:
             self._unfit("it has no conditional writes")
             return False
         self._memory.keep_tested()
+        log.info(
+            "%s refused two conditional writes that must fail, so it has a fence; `walship doctor` "
+            "also races for one object",
+            self._store.url,
+        )
         return True
 
     def _unfit(self, reason: str) -> None:

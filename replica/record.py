@@ -138,10 +138,8 @@ class Record:
                 if not state.wal_gone:
                     self.spool.record(replace(state, wal_gone=True), durable=False)
                 return None
-            # Whoever checkpointed the WAL wrote to the main file after our last record; times that
-            # are equal are those of one tick of the kernel's clock.
-            main = self.fingerprint()
-            written = main is not None and main.mtime_ns >= self.spool.found_mtime_ns
+            # Whoever checkpointed the WAL wrote to the main file since we sealed what is in it.
+            written = 0 < state.written_ns < self.written_ns()
             suspect = state.position is not None and state.position.frame > 0 and not written
             return "the database file was changed while walship was away", suspect
         for candidate in (state.position, state.previous):
@@ -363,6 +361,11 @@ class Record:
             return Fingerprint.of(self.path, self.files)
         except FileNotFoundError:
             return None
+
+    def written_ns(self) -> int:
+        """When the main file was written to last, ns since the epoch; 0 without one."""
+        fingerprint = self.fingerprint()
+        return 0 if fingerprint is None else fingerprint.mtime_ns
 
     def settled_fingerprint(self) -> Fingerprint | None:
         """The main file's identity, once it is old enough to prove anything.

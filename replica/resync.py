@@ -364,6 +364,7 @@ class Resync:
                     base = replace(
                         base,
                         position=WalPosition(salts, mx_frame, frame.checksum),
+                        written_ns=self._record.written_ns(),
                         commit=frame.commit,
                         page_size=header.page_size,
                     )

@@ -170,6 +170,8 @@ class State:
         restored_txid: the one that a restore has made the main file from; 0 without.
         full_txid: of the newest full copy; nothing older is needed to restore that.  0 without.
         position: up to where the WAL is sealed; None: only a full copy can come next.
+        written_ns: when the main file was written to last before the frame there was sealed, ns
+            since the epoch; 0 if that is not known.
         previous: where the WAL was drained when the last gate let it go, until the new one shows.
         commit: size of the database in pages at the position; 0 if unknown.
         page_size: bytes; 0 if unknown.
@@ -203,6 +205,7 @@ class State:
     restored_txid: int = 0
     full_txid: int = 0
     position: WalPosition | None = None
+    written_ns: int = 0
     previous: WalPosition | None = None
     commit: int = 0
     page_size: int = 0
@@ -260,6 +263,7 @@ def _scalars(state: State) -> dict[str, Any]:
         "restored_txid": state.restored_txid,
         "full_txid": state.full_txid,
         "position": state.position and state.position.to_json(),
+        "written_ns": state.written_ns,
         "previous": state.previous and state.previous.to_json(),
         "commit": state.commit,
         "page_size": state.page_size,
@@ -292,6 +296,7 @@ def _state_of(
         restored_txid=meta.get("restored_txid", 0),
         full_txid=meta.get("full_txid", 0),
         position=WalPosition.from_json(position) if position else None,
+        written_ns=meta.get("written_ns", 0),
         previous=WalPosition.from_json(previous) if previous else None,
         commit=meta["commit"],
         page_size=meta["page_size"],
@@ -372,8 +377,6 @@ class Spool:
         self._state = State()
         self._journal: _Journal | None = None
         self._next_file = 1
-        #: When an earlier process wrote its last record, ns since the epoch; 0 without one.
-        self.found_mtime_ns = 0
 
     @classmethod
     def open(cls, directory: Path, clock: Clock, files: Files | None = None) -> Spool:
@@ -732,7 +735,6 @@ class Spool:
         except FileNotFoundError:
             return
         status = self.files.fstat(fd)
-        self.found_mtime_ns = status.st_mtime_ns
         try:
             state, end = _replay(self.files, fd)
         except FormatError as error:

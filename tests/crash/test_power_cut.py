@@ -70,6 +70,11 @@ LIVES: dict[str, Script] = {
         "commit:3 full checkpoint:RESTART commit room reopen commit sync close",
         settings={"shutdown_sync_timeout": "0.05s", "open_timeout": "0.05s"},
     ),
+    "closed on a full disk": Script(
+        steps="commit:2 sync commit:2 sync touch full commit touch close room open commit "
+        "sync close",
+        settings={"shutdown_sync_timeout": "0.05s", "open_timeout": "0.05s"},
+    ),
     "others": Script(
         steps="commit:2 sync commit other:PASSIVE commit sync commit other:RESTART commit:2 sync "
         "commit other:TRUNCATE commit:2 sync other:TRUNCATE commit reopen commit sync close"

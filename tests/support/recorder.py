@@ -613,6 +613,7 @@ class _Child:
     lose:N                  the answers to the next N puts get lost
     slow                    from now on every other put takes its time, so that later ones overtake
     reopen                  close and connect
+    open                    connect
     close                   close
     ======================  ===================================================================
     """
@@ -764,6 +765,9 @@ class _Child:
 
     def reopen(self) -> None:
         self.close()
+        self.open()
+
+    def open(self) -> None:
         self.connection = self.connect()
 
     def close(self) -> None:

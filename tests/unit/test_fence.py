@@ -409,6 +409,56 @@ def test_a_store_that_can_is_asked_once(world: World) -> None:
     assert puts == [LEASE_KEY]
 
 
+def test_an_attempt_that_lands_late(world: World) -> None:
+    """However many attempts at the lease follow it: it was ours."""
+    notes = Notes()
+    fence = world.fence("a", notes)
+    real, world.store.put = world.store.put, _lost  # type: ignore[method-assign]
+    nonces = []
+    for _ in range(8):
+        with pytest.raises(StoreUnavailable):
+            fence.acquire()
+        nonces.append(notes.nonces()[-1])
+        world.clock.advance(1.0)
+    world.store.put = real  # type: ignore[method-assign]
+    first = Lease(1, "a", 0, nonces[0], lease_s=LEASE_S)
+    world.objects[LEASE_KEY] = Object(first.to_json(), world.clock.now_ms())
+    fence.acquire()
+    assert fence.holds()
+    again = world.fence("a", notes)
+    again.acquire()
+    assert world.lease.nonce != first.nonce, "each time that it is taken it has another name"
+
+
+def _lost(*_: Any, **__: Any) -> ObjectInfo:
+    raise StoreUnavailable("it timed out", ambiguous=True)
+
+
+def test_what_a_former_writer_can_still_acknowledge(world: World) -> None:
+    """Nothing, if its lease was waited out and is ours yet; else nobody knows."""
+    notes = Notes()
+    first = world.fence("a", notes)
+    first.acquire()
+    assert not first.has_outlasted()  # there was nobody to wait for
+    copy = world.fence("copy of a", notes)
+    copy.acquire()
+    assert not copy.has_outlasted()  # it knew the nonce, and did not wait
+    copy.release()
+    given = world.fence("b")
+    given.acquire()
+    assert not given.has_outlasted()  # it was given up, by a copy
+    world.clock.advance(LEASE_S + 5)
+    second = world.fence("c")
+    second.acquire()
+    assert second.has_outlasted()
+    world.clock.advance(LEASE_S + 5)
+    assert second.has_outlasted()
+    world.clock.advance(LEASE_S + 5)
+    world.fence("d").acquire()
+    with pytest.raises(FencedError, match="taken over by d"):
+        second.has_outlasted()
+
+
 def test_off_sends_nothing(world: World) -> None:
     """fence: off makes no request at all."""
     world.store.away = True
