@@ -16,11 +16,10 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Final
-from weakref import WeakValueDictionary
 
-from walship.replica.clock import Clock, SystemClock
+from walship.replica.clock import Clock
 
-__all__ = ["Turns", "turns_of"]
+__all__ = ["Turns"]
 
 #: How long the first in the queue sleeps before it looks at the lock, seconds, by how often it has
 #: looked already.  Shorter than SQLite's pauses: it looks for all that are behind it.
@@ -82,16 +81,3 @@ class Turns:
             self._waiting.remove(turn)
         except ValueError:  # it was woken at that very moment
             turn.acquire()
-
-
-_turns: WeakValueDictionary[str, Turns] = WeakValueDictionary()
-_turns_lock = threading.Lock()  # guards `_turns`
-
-
-def turns_of(path: str) -> Turns:
-    """The queue of a database, by its canonical path; it lasts as long as somebody has it."""
-    with _turns_lock:
-        turns = _turns.get(path)
-        if turns is None:
-            turns = _turns[path] = Turns(SystemClock())
-        return turns
