@@ -29,7 +29,7 @@ from .durable import make_durable
 from .registry import VFS_NAME, canonical, registry
 from .replicating import install
 from .services import services
-from .turns import Turns, turns_of
+from .turns import Turns
 
 __all__ = ["Connection", "Replication", "configure", "connect", "replication"]
 
@@ -257,7 +257,7 @@ def connect(
         _prepare(connection, name, found.page_size, found.busy_timeout_s)
         if found.durability == "replica" and found.replica is not None:
             pages = found.min_checkpoint_page_count
-            turns = turns_of(name)
+            turns = registry.turns(name)
             connection.queue_with(turns, found.busy_timeout_s)
             make_durable(connection, turns, pages, found.durability_timeout_s)
     except BaseException:

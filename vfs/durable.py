@@ -72,12 +72,15 @@ def make_durable(
         timeout: seconds before `NotYetReplicated`.
     """
 
+    # Once: to find it by its path takes longer than the commit.
+    of_main = registry.engine(connection.db_filename("main"))
+
     def committed(connection: apsw.Connection, name: str, n_pages: int) -> int:
         turns.hand_on()
         if n_pages >= checkpoint_pages:
             with contextlib.suppress(apsw.BusyError, apsw.LockedError):  # the next commit tries
                 connection.wal_checkpoint(name, apsw.SQLITE_CHECKPOINT_PASSIVE)
-        engine = registry.engine(connection.db_filename(name))
+        engine = of_main if name == "main" else registry.engine(connection.db_filename(name))
         if engine is not None:
             engine.sync(timeout)
         return apsw.SQLITE_OK

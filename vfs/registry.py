@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol
 from urllib.parse import unquote
+from weakref import WeakValueDictionary
 
 import apsw
 
@@ -33,6 +34,7 @@ from walship.replica.sqlite import (
 )
 
 from .files import MainFile
+from .turns import Turns
 
 __all__ = ["VFS_NAME", "Registry", "canonical", "registry"]
 
@@ -70,6 +72,7 @@ class Registry:
         self._files: dict[str, set[MainFile]] = {}
         # Connections between `acquire` and `add`: they keep an engine alive too.
         self._opening: Counter[str] = Counter()
+        self._turns: WeakValueDictionary[str, Turns] = WeakValueDictionary()
         self._poisoned: set[str] = set()
         self._guarded = False
         self._exiting = False
@@ -123,6 +126,11 @@ class Registry:
     def engines(self) -> list[Engine]:
         """All engines at work.  Does not wait for a database that is being opened, or restored."""
         return list(self._engines.values())
+
+    def turns(self, path: str) -> Turns:
+        """The queue for the write lock of a database; it lasts as long as somebody has it."""
+        with self._lock:
+            return self._turns.setdefault(canonical(path), Turns(self.host.clock))
 
     # -- connections --------------------------------------------------------------------------
 
@@ -311,6 +319,7 @@ class Registry:
     def _after_fork_in_child(self) -> None:
         engines, self._engines, self._files = self._engines, {}, {}
         self._opening = Counter()
+        self._turns = WeakValueDictionary()
         self._lock = threading.RLock()
         self.host.forget()
         self._has_services = False

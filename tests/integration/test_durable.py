@@ -17,6 +17,7 @@ from support.databases import WAIT_S, Database, Stores, dump
 from walship import aio
 from walship.middleware import DurableASGI, DurableWSGI
 from walship.vfs import turns
+from walship.vfs.registry import registry
 
 
 @pytest.fixture
@@ -208,7 +209,7 @@ def test_writers_wake_each_other(tmp_path: Path, set_later: bool) -> None:
     the order in which they came; whichever way the busy timeout was set."""
     database = Database(tmp_path)
     db = _ready(database, durability="replica")
-    queue = turns.turns_of(str(database.path))
+    queue = registry.turns(str(database.path))
     order: list[int] = []
 
     def work(number: int) -> None:
@@ -243,7 +244,7 @@ def test_the_queue_ends_with_the_busy_timeout(tmp_path: Path, timeout: float) ->
     db.execute("BEGIN IMMEDIATE; INSERT INTO t VALUES (0)")
     with pytest.raises(apsw.BusyError):
         other.execute("INSERT INTO t VALUES (1)")
-    assert not turns.turns_of(str(database.path))._waiting
+    assert not registry.turns(str(database.path))._waiting
     db.execute("COMMIT")
     other.execute("INSERT INTO t VALUES (2)")
     other.close()
@@ -256,7 +257,7 @@ def test_a_lock_that_nobody_hands_on(tmp_path: Path, end: str) -> None:
     database = Database(tmp_path)
     db = _ready(database)
     holder = database.connect(durability="replica" if end == "ROLLBACK" else "async")
-    queue = turns.turns_of(str(database.path))
+    queue = registry.turns(str(database.path))
 
     def work() -> None:
         own = database.connect(durability="replica", busy_timeout=WAIT_S)
@@ -273,6 +274,34 @@ def test_a_lock_that_nobody_hands_on(tmp_path: Path, end: str) -> None:
         thread.join()
     assert db.execute("SELECT sum(x) FROM t").get == 3
     holder.close()
+    db.close()
+
+
+def test_a_commit_does_not_wait_for_other_openings(tmp_path: Path) -> None:
+    """While another database is being opened, which may take long, durable commits go on."""
+    database = Database(tmp_path)
+    db = _ready(database, durability="replica")
+    opening, done, committed = threading.Event(), threading.Event(), threading.Event()
+
+    def open_slowly() -> None:
+        with registry._lock:  # as `Registry.acquire` has it
+            opening.set()
+            done.wait(2 * WAIT_S)
+
+    def commit() -> None:
+        db.execute("INSERT INTO t VALUES (1)")
+        committed.set()
+
+    threads = [threading.Thread(target=work, daemon=True) for work in (open_slowly, commit)]
+    threads[0].start()
+    opening.wait(WAIT_S)
+    threads[1].start()
+    try:
+        assert committed.wait(WAIT_S)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
     db.close()
 
 
