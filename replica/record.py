@@ -108,21 +108,9 @@ class Record:
                 return
             self.unrecorded = reason
             with contextlib.suppress(SpoolError):
-                state = replace(self.unproven(), resync=reason, suspect=suspect)
+                state = replace(self.state.unproven(), resync=reason, suspect=suspect)
                 self.spool.record(state, durable=False, drop_pieces=True)
                 self.unrecorded = None
-
-    def unproven(self) -> State:
-        """The state without all that speaks of the files as they were."""
-        return replace(
-            self.state,
-            position=None,
-            previous=None,
-            fingerprint=None,
-            wal_gone=False,
-            copying=False,
-            commit=0,
-        )
 
     def _prove(self) -> tuple[str, bool] | None:
         """None, or why history is not continuous and whether commits may have been lost."""
@@ -222,7 +210,7 @@ class Record:
         """
         with self.mutex:
             after = replace(
-                self.unproven(),
+                self.state.unproven(),
                 txid=txid,
                 acked_txid=txid,
                 restored_txid=txid,
@@ -267,7 +255,7 @@ class Record:
         reason = f"a former writer's upload came late, as txid {format_txid(txid)}"
         with self.mutex:
             after = replace(
-                self.unproven(),
+                self.state.unproven(),
                 txid=txid,
                 acked_txid=txid,
                 sha256=sha256,
@@ -298,7 +286,7 @@ class Record:
         if self.unrecorded is None:
             return
         try:
-            state = replace(self.unproven(), resync=self.unrecorded)
+            state = replace(self.state.unproven(), resync=self.unrecorded)
             self.spool.record(state, drop_pieces=True)
             self.unrecorded = None
         except SpoolError:

@@ -38,14 +38,8 @@ def reset(directory: Path, clock: Clock, *, dry_run: bool = False) -> int:
     with _alone(directory, clock) as spool:
         state = spool.state
         fresh = replace(
-            state,
+            state.unproven(),
             lineage="",
-            position=None,
-            previous=None,
-            fingerprint=None,
-            wal_gone=False,
-            copying=False,
-            commit=0,
             resync="it was reset",
             suspect=False,
             refusal=(),

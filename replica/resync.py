@@ -326,7 +326,7 @@ class Resync:
             if after is None:
                 return None
             if not same:
-                self._spool.record(self._record.unproven(), drop_pieces=True)
+                self._spool.record(self._record.state.unproven(), drop_pieces=True)
                 return False
             self._spool.record(after)
             return True
@@ -345,7 +345,7 @@ class Resync:
             with self._mutex:  # with it no gate lets the WAL be restarted
                 header = self._wal.header()
                 base = replace(
-                    self._record.unproven(),
+                    self._record.state.unproven(),
                     copying=True,
                     page_size=0,
                     wal_gone=header is None,

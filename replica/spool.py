@@ -230,6 +230,18 @@ class State:
         """Names of the files that hold large pieces and segments."""
         return {s.file for s in (*self.pieces, *self.segments) if s.file is not None}
 
+    def unproven(self) -> State:
+        """The state without all that speaks of the files as they were."""
+        return replace(
+            self,
+            position=None,
+            previous=None,
+            fingerprint=None,
+            wal_gone=False,
+            copying=False,
+            commit=0,
+        )
+
     @property
     def pending_bytes(self) -> int:
         """Bytes sealed here that are not known to be in the replica."""

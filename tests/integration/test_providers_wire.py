@@ -26,9 +26,9 @@ from support.recording import (
     self_signed,
 )
 from support.signing import authorization, constant
+from support.wire import lean_requests
 from walship.replica.config import load_config, parse_replica
 from walship.replica.store.base import ObjectStore
-from walship.replica.store.lean import LeanClient
 from walship.replica.store.opening import open_store
 from walship.replica.store.settings import S3Settings
 
@@ -290,14 +290,7 @@ def test_the_short_way_to_a_provider(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What goes without boto3 is what boto3 sends, with the signature that botocore works out."""
-    short: list[str] = []
-    original = LeanClient._short
-
-    def counted(self: LeanClient, operation: str, *rest: Any) -> Any:
-        short.append(operation)
-        return original(self, operation, *rest)
-
-    monkeypatch.setattr(LeanClient, "_short", counted)
+    short = lean_requests(monkeypatch)
     endpoint.address = provider.address
     settings = replica_settings(provider, certificate)
     if sse:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,52 +15,28 @@ from support.recording import (
     RecordingEndpoint,
     Request,
     error_answer,
-    every_host_is,
-    recording_endpoint,
 )
 from support.signing import authorization, constant
+from support.wire import KEYS, endpoint_of_every_host, lean_requests, opened
 from walship.replica.config import parse_replica
 from walship.replica.errors import StoreError
 from walship.replica.store.base import ObjectStore, Version
-from walship.replica.store.lean import LeanClient
 from walship.replica.store.opening import open_store
 
-KEYS = {"AWS_ACCESS_KEY_ID": "tid_x", "AWS_SECRET_ACCESS_KEY": "tsec_y"}
 DIGEST = "0123456789abcdef" * 4
 
 
 @pytest.fixture
 def endpoint() -> Iterator[RecordingEndpoint]:
     """A recording endpoint, and every host name leads to it."""
-    with recording_endpoint() as running, every_host_is(running):
+    with endpoint_of_every_host() as running:
         yield running
 
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Operations that went the short way, in order."""
-    taken: list[str] = []
-    original = LeanClient._short
-
-    def counted(self: LeanClient, operation: str, *rest: Any) -> Any:
-        taken.append(operation)
-        return original(self, operation, *rest)
-
-    monkeypatch.setattr(LeanClient, "_short", counted)
-    return taken
-
-
-@contextlib.contextmanager
-def opened(
-    url: str, environ: dict[str, str] | None = None, **more: object
-) -> Iterator[ObjectStore]:
-    """A store for a replica URL."""
-    settings = parse_replica(url, environ=KEYS if environ is None else environ, **more)
-    store = open_store(settings.store, FakeClock())
-    try:
-        yield store
-    finally:
-        store.close()
+    return lean_requests(monkeypatch)
 
 
 def put(store: ObjectStore, number: int, prefix: str = "0000/") -> None:

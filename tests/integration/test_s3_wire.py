@@ -20,10 +20,10 @@ from support.recording import (
     RecordingEndpoint,
     Request,
     error_answer,
-    every_host_is,
     recording_endpoint,
     self_signed,
 )
+from support.wire import KEYS, endpoint_of_every_host, opened
 from walship.replica.config import parse_replica
 from walship.replica.errors import (
     ConfigError,
@@ -39,28 +39,14 @@ from walship.replica.store.retrying import RetryingStore
 from walship.replica.store.settings import S3Settings
 
 MIB = 1024 * 1024
-KEYS = {"AWS_ACCESS_KEY_ID": "tid_x", "AWS_SECRET_ACCESS_KEY": "tsec_y"}
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 
 
 @pytest.fixture
 def endpoint() -> Iterator[RecordingEndpoint]:
     """A recording endpoint, and every host name leads to it."""
-    with recording_endpoint() as running, every_host_is(running):
+    with endpoint_of_every_host() as running:
         yield running
-
-
-@contextlib.contextmanager
-def opened(
-    url: str, environ: dict[str, str] | None = None, **more: object
-) -> Iterator[ObjectStore]:
-    """A store for a replica URL."""
-    settings = parse_replica(url, environ=KEYS if environ is None else environ, **more)
-    store = open_store(settings.store, FakeClock())
-    try:
-        yield store
-    finally:
-        store.close()
 
 
 def exercise(store: ObjectStore) -> None:
@@ -604,7 +590,7 @@ def test_what_litestream_needs_is_said(
     """A new replica at a bucket's top says that Litestream will not find it there."""
     with caplog.at_level("INFO"), opened(f"s3://b?endpoint={endpoint.url}") as store:
         store.put("0000/x", b"")
-    assert "Litestream does not find a replica at a bucket's top" in caplog.text
+    assert "Litestream would find one below a path only" in caplog.text
 
 
 def test_an_empty_bare_bucket(endpoint: RecordingEndpoint) -> None:
