@@ -433,11 +433,12 @@ class Fence:
             self._unfit("it has no conditional writes")
             return False
         self._memory.keep_tested()
-        log.info(
-            "%s refused two conditional writes that must fail, so it has a fence; `walship doctor` "
-            "also races for one object",
-            self._store.url,
-        )
+        if self._policy == "required":
+            log.info(
+                "%s refused two conditional writes that must fail, so it has a fence; `walship "
+                "doctor` also races for one object",
+                self._store.url,
+            )
         return True
 
     def _unfit(self, reason: str) -> None:

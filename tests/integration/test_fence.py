@@ -401,6 +401,38 @@ def test_what_a_dead_writer_had_in_flight(
     assert rows_of(hosts.restore()) == rows_of(hosts.path("b")) == kept | set(b.committed)
 
 
+def test_what_a_former_writer_had_in_flight_comes_late(
+    fleet: Workers, tmp_path: Path, minio_server: S3Endpoint
+) -> None:
+    """It lands when another one has the lease, under that one's next TXIDs: that one goes on
+    behind, and nothing of it is in the database any more."""
+    bucket = minio_server.make_bucket()
+    hosts = Hosts(fleet, tmp_path, Place(minio_server.replica(bucket, "app"), ""))
+    a = hosts.start("a")
+    a.run("insert(2)")
+    acknowledged = a.run("engine().uploader.replicated_txid")
+    kept = set(a.committed)
+    a.run("insert(2, 20000)")
+    a.kill()
+    client = minio_server.client()
+    names = [f"{acknowledged + n:016x}" for n in (1, 2)]
+    keys = [f"app/0000/{name}-{name}.ltx" for name in names]
+    late = [client.get_object(Bucket=bucket, Key=key) for key in keys]
+    bodies = [found["Body"].read() for found in late]
+    for key in keys:
+        client.delete_object(Bucket=bucket, Key=key)
+    b = hosts.start("b", fence_wait=30)
+    assert rows_of(hosts.path("b")) == kept
+    for key, found, body in zip(keys, late, bodies, strict=True):
+        client.put_object(Bucket=bucket, Key=key, Body=body, Metadata=found["Metadata"])
+    b.run("insert()")
+    assert b.run("engine().uploader.replicated_txid") == acknowledged + 3
+    assert b.log().count("a former writer's upload came late") == 4, "said and done, twice"
+    assert rows_of(hosts.restore()) == kept | set(b.committed)
+    b.run("insert()")
+    assert rows_of(hosts.restore()) == kept | set(b.committed)
+
+
 def test_two_hosts_fight(hosts: Hosts, litestream: Path, tmp_path: Path) -> None:
     """Killed, paused, closed, with new disks and old ones: one history, restorable by either
     program, with everything that was ever acknowledged; whoever loses is told by whom."""
