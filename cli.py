@@ -47,14 +47,14 @@ from walship.commands.options import (
 )
 from walship.commands.output import one_line, say
 from walship.replica.clock import Clock, SystemClock
-from walship.replica.config import (
+from walship.replica.config.sources import (
     CONFIG_PLACES,
 )
+from walship.replica.config.url import is_url
 from walship.replica.errors import (
     ConfigError,
     ReplicaError,
 )
-from walship.replica.url import is_url
 
 __all__ = ["main"]
 

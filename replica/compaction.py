@@ -28,6 +28,7 @@ from typing import Final, TypeVar
 
 from .child import ChildError
 from .clock import Clock
+from .config.levels import LevelSettings
 from .errors import (
     ClosedError,
     FormatError,
@@ -37,7 +38,6 @@ from .errors import (
 from .files import Files
 from .format.ltx import PageEncoding
 from .format.types import LEVEL_SNAPSHOT, format_segment_name
-from .level_settings import LevelSettings
 from .levels import (
     KEPT_L0,
     Compaction,

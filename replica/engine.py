@@ -19,6 +19,7 @@ from typing import Final
 from .capture import Capture
 from .clock import Clock
 from .compaction import Levels
+from .config.settings import DatabaseSettings
 from .continuity import CATCHING_UP, reconcile
 from .counts import CheckpointCounts, Checkpoints
 from .election import InUseError
@@ -43,7 +44,6 @@ from .peers import Message, Peers, Pipe
 from .record import TailLost
 from .restore import RestoreResult, restore
 from .sender import RequestThreads, Sender
-from .settings import DatabaseSettings
 from .spool import Fingerprint, Spool, State, new_lineage
 from .sqlite import (
     FencedError,

@@ -30,8 +30,8 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Final
 
+from .config.levels import LevelSettings
 from .format.types import LEVEL_SNAPSHOT
-from .level_settings import LevelSettings
 from .plan import plan
 from .store.base import IN_FLIGHT_MAX, SegmentInfo
 

@@ -17,13 +17,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from .config.values import nearest
 from .errors import ConfigError, FormatError, NoBackupError, ObjectNotFound, PreconditionFailed
 from .format.types import format_txid, parse_txid
 from .listing import replica_head
 from .plan import format_time, plan
 from .store.base import ObjectStore, SegmentInfo
 from .store.timestamps import parse_timestamp
-from .values import nearest
 
 __all__ = [
     "KnownMarks",

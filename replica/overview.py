@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from .clock import Clock
+from .config.settings import ReplicaSettings
 from .errors import ConfigError, ReplicaError
 from .files import Files
 from .listing import list_replica
 from .peers import ask_leader, read_leader
-from .settings import ReplicaSettings
 from .spool import read_state
 from .store.opening import open_store
 from .store.retrying import RetryingStore

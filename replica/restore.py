@@ -26,6 +26,8 @@ from typing import Final, Literal
 from walship.replica.apply import Fetcher, apply_segments
 from walship.replica.check import IntegrityMode, integrity_check
 from walship.replica.clock import Clock
+from walship.replica.config.url import is_url
+from walship.replica.config.values import parse_choice
 from walship.replica.errors import (
     ConfigError,
     IntegrityError,
@@ -40,9 +42,7 @@ from walship.replica.plan import Plan, plan
 from walship.replica.store.base import ObjectInfo, ObjectStore, SegmentInfo
 from walship.replica.store.local import fsync_directory, fsync_file, make_directories
 from walship.replica.store.timestamps import TIMESTAMP_METADATA, parse_timestamp
-from walship.replica.url import is_url
 from walship.replica.v03 import V03Plan, apply_v03, list_v03, plan_v03
-from walship.replica.values import parse_choice
 
 __all__ = [
     "Progress",

@@ -19,7 +19,8 @@ from typing import Any, Final, Literal
 
 from .check import IntegrityMode
 from .clock import SystemClock
-from .config import parse_replica
+from .config.sources import parse_replica
+from .config.values import parse_duration, parse_int
 from .errors import ConfigError, FormatError, NoBackupError, RestoreError
 from .follow import Step, follow, update
 from .format.types import parse_txid
@@ -32,7 +33,6 @@ from .store.base import ObjectStore
 from .store.opening import open_store
 from .store.retrying import RetryingStore
 from .store.timestamps import parse_timestamp
-from .values import parse_duration, parse_int
 
 __all__ = [
     "follow_from",

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import apsw
 
-from walship.replica.config import (
+from walship.replica.config.settings import DatabaseSettings, ReplicaSettings, database_file
+from walship.replica.config.sources import (
     CONFIG_PLACES,
     database_settings,
     default_replica,
@@ -21,7 +22,6 @@ from walship.replica.config import (
 from walship.replica.engine import Engine, Status
 from walship.replica.errors import ClosedError, ConfigError, ReplicaError
 from walship.replica.marks import Mark
-from walship.replica.settings import DatabaseSettings, ReplicaSettings, database_file
 from walship.replica.sqlite import RefusedError, refuse_asynchronous, require_sqlite
 from walship.replica.verify import Verification
 

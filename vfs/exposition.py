@@ -15,10 +15,10 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
+from walship.replica.config.values import parse_address
 from walship.replica.counts import BUCKETS_S, Checkpoints, Operation
 from walship.replica.errors import ConfigError, StoreError
 from walship.replica.sqlite import FencedError
-from walship.replica.values import parse_address
 
 from .measures import DatabaseMetrics, Metrics, metrics
 

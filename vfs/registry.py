@@ -22,11 +22,11 @@ from weakref import WeakValueDictionary
 
 import apsw
 
-from walship.replica.directories import DirectorySettings
+from walship.replica.config.directories import DirectorySettings
+from walship.replica.config.settings import DatabaseSettings
 from walship.replica.engine import Engine, restore_if_missing
 from walship.replica.errors import ConfigError, ReplicaError
 from walship.replica.host import Host
-from walship.replica.settings import DatabaseSettings
 from walship.replica.sqlite import (
     RefusedError,
     is_asynchronous,

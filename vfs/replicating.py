@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import apsw
 
-from walship.replica.config import database_settings
+from walship.replica.config.sources import database_settings
 from walship.replica.engine import Engine
 from walship.replica.sqlite import RefusedError
 

@@ -10,7 +10,7 @@ import logging
 import threading
 from typing import Final
 
-from walship.replica.config import Settings
+from walship.replica.config.sources import Settings
 from walship.replica.engine import Status
 from walship.replica.errors import ConfigError
 from walship.replica.heartbeat import Heartbeat

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final, TextIO
 
+from walship.replica.config.url import provider_of
 from walship.replica.store.settings import LocalSettings, StoreSettings
-from walship.replica.url import provider_of
 
 from .probe import Check, Report
 

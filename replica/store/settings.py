@@ -1,4 +1,4 @@
-"""What a store has to know to be opened: plain values, already validated (``replica.config``).
+"""What a store has to know to be opened: plain values, validated already (``replica.config``).
 
 Nothing here connects, reads the environment or imports an SDK.
 """

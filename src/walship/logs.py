@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Final
 
-from walship.replica.config_file import LoggingSettings
+from walship.replica.config.file import LoggingSettings
 
 __all__ = ["JSONFormatter", "PrettyFormatter", "TextFormatter", "logging_to"]
 

@@ -16,7 +16,7 @@ from support.clock import FakeClock
 from support.faulty import FaultyStore
 from support.servers import S3Endpoint
 from walship.replica.clock import SystemClock
-from walship.replica.config import parse_replica
+from walship.replica.config.sources import parse_replica
 from walship.replica.counts import RequestCounts
 from walship.replica.errors import ObjectNotFound, PreconditionFailed, StoreError, StoreUnavailable
 from walship.replica.store.base import (

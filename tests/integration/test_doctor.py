@@ -25,7 +25,7 @@ from support.racy import Faults, RacyServer, Stored, racy_server
 from support.servers import S3Endpoint
 from walship import cli
 from walship.replica.clock import SystemClock
-from walship.replica.config import parse_replica
+from walship.replica.config.sources import parse_replica
 from walship.replica.doctor import writes
 from walship.replica.doctor.probe import Check, Report, probe
 from walship.replica.doctor.report import Printer, notes_about

@@ -18,7 +18,7 @@ from support.databases import assert_same_bytes
 from support.litestream import Litestream, in_bucket
 from support.servers import S3Endpoint
 from walship.replica.clock import SystemClock
-from walship.replica.config import parse_replica
+from walship.replica.config.sources import parse_replica
 from walship.replica.errors import ContinuityError
 from walship.replica.follow import Follower, note_path, update
 from walship.replica.format.types import format_segment_name

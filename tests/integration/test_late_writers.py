@@ -21,7 +21,7 @@ from support.clock import FakeClock
 from support.databases import WAIT_S
 from support.memory import MemoryStore, Object
 from walship.replica.clock import SystemClock
-from walship.replica.config import database_settings
+from walship.replica.config.sources import database_settings
 from walship.replica.engine import restore_if_missing
 from walship.replica.fence import LEASE_KEY, Fence
 from walship.replica.restore import restore

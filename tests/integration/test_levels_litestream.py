@@ -20,9 +20,9 @@ from support.litestream import Litestream, Place, in_bucket, in_directory
 from support.replicas import golden_copy, local_store, manifest, sha256
 from walship.replica.clock import SystemClock
 from walship.replica.compaction import Levels
+from walship.replica.config.levels import LevelSettings
 from walship.replica.files import Files
 from walship.replica.format.ltx import PageEncoding, decode
-from walship.replica.level_settings import LevelSettings
 from walship.replica.merging import Input, Merge, carry_out
 from walship.replica.plan import plan
 from walship.replica.restore import list_replica, restore

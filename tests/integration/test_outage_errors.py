@@ -26,7 +26,7 @@ from support.recording import (
     recording_endpoint,
     reset,
 )
-from walship.replica.config import parse_replica
+from walship.replica.config.sources import parse_replica
 from walship.replica.errors import PreconditionFailed, StoreError, StoreUnavailable
 from walship.replica.store import s3
 from walship.replica.store.base import ObjectStore

@@ -27,7 +27,7 @@ from support.recording import (
 )
 from support.signing import authorization, constant
 from support.wire import lean_requests
-from walship.replica.config import load_config, parse_replica
+from walship.replica.config.sources import load_config, parse_replica
 from walship.replica.store.base import ObjectStore
 from walship.replica.store.opening import open_store
 from walship.replica.store.settings import S3Settings

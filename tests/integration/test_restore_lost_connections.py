@@ -15,7 +15,7 @@ from support.databases import assert_same_bytes
 from support.replicas import local_store, write_pages
 from support.servers import S3Endpoint
 from walship.replica.clock import SystemClock
-from walship.replica.config import parse_replica
+from walship.replica.config.sources import parse_replica
 from walship.replica.errors import ObjectNotFound, RestoreError, StoreUnavailable
 from walship.replica.restore import restore
 from walship.replica.store.base import ObjectStore, segment_key

@@ -18,7 +18,7 @@ from support.recording import (
 )
 from support.signing import authorization, constant
 from support.wire import KEYS, endpoint_of_every_host, lean_requests, opened
-from walship.replica.config import parse_replica
+from walship.replica.config.sources import parse_replica
 from walship.replica.errors import StoreError
 from walship.replica.store.base import ObjectStore, Version
 from walship.replica.store.opening import open_store

@@ -24,7 +24,7 @@ from support.recording import (
     self_signed,
 )
 from support.wire import KEYS, endpoint_of_every_host, opened
-from walship.replica.config import parse_replica
+from walship.replica.config.sources import parse_replica
 from walship.replica.errors import (
     ConfigError,
     ObjectNotFound,

@@ -25,7 +25,7 @@ from support.dashboards import dashboard, expressions, rules
 from support.databases import WAIT_S, Database
 from support.promql import Samples
 from walship.replica import heartbeat
-from walship.replica.config_file import Settings
+from walship.replica.config.file import Settings
 from walship.replica.engine import Status
 from walship.vfs.registry import registry
 from walship.vfs.services import Services, services, trouble_of

@@ -17,7 +17,7 @@ import walship
 from support.databases import Stores, dump
 from support.sidecars import create, execute, replicating, wait_until, writer
 from walship.cli import main
-from walship.replica.config import database_settings
+from walship.replica.config.sources import database_settings
 from walship.replica.engine import Engine
 from walship.replica.errors import ContinuityError
 from walship.sidecar.control import ControlError, call

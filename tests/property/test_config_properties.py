@@ -8,9 +8,9 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from walship.replica.config import DATABASE_KEYS, DIRECTORY_KEYS, GLOBAL_KEYS, REPLICA_KEYS
-from walship.replica.config_file import Settings, read_settings
-from walship.replica.config_text import load_text
+from walship.replica.config.file import Settings, read_settings
+from walship.replica.config.sources import DATABASE_KEYS, DIRECTORY_KEYS, GLOBAL_KEYS, REPLICA_KEYS
+from walship.replica.config.text import load_text
 from walship.replica.errors import ConfigError
 
 KEYS = sorted({*DATABASE_KEYS, *DIRECTORY_KEYS, *GLOBAL_KEYS, *REPLICA_KEYS})

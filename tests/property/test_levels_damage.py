@@ -11,8 +11,8 @@ import pytest
 from support.life import Life, State
 from support.memory import MemoryStore, Object
 from walship.replica.clock import SystemClock
+from walship.replica.config.levels import LevelSettings
 from walship.replica.errors import ReplicaError
-from walship.replica.level_settings import LevelSettings
 from walship.replica.listing import list_replica
 from walship.replica.restore import restore
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from support.life import Life
+from walship.replica.config.levels import LevelSettings
 from walship.replica.errors import StoreError
-from walship.replica.level_settings import LevelSettings
 from walship.replica.levels import KEPT_L0
 from walship.replica.marks import Mark, put_mark, remove_mark
 

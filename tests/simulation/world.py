@@ -23,6 +23,8 @@ import apsw
 
 import walship
 from walship.replica import capture as capture_module
+from walship.replica.config.levels import LevelSettings
+from walship.replica.config.settings import DatabaseSettings, ReplicaSettings
 from walship.replica.engine import restore_if_missing
 from walship.replica.errors import (
     ClosedError,
@@ -36,10 +38,8 @@ from walship.replica.errors import (
 )
 from walship.replica.fence import LEASE_KEY, Lease, parse_lease
 from walship.replica.format.ltx import Decoder, Encoder, Header
-from walship.replica.level_settings import LevelSettings
 from walship.replica.listing import list_replica
 from walship.replica.restore import restore
-from walship.replica.settings import DatabaseSettings, ReplicaSettings
 from walship.replica.spool import Sealed
 from walship.replica.sqlite import FencedError, NotYetReplicated, RefusedError, SpoolError
 from walship.replica.store.base import (

@@ -27,7 +27,7 @@ from unittest.runner import _WritelnDecorator
 import apsw
 
 from walship.replica.clock import SystemClock
-from walship.replica.config import database_settings
+from walship.replica.config.sources import database_settings
 from walship.replica.engine import Engine
 from walship.replica.restore import restore
 from walship.replica.store.local import LocalStore

@@ -15,10 +15,10 @@ from support.clock import FakeClock
 from support.memory import MemoryStore, Object
 from support.replicas import make_page
 from walship.replica.compaction import Levels
+from walship.replica.config.levels import LevelSettings
 from walship.replica.files import Files
 from walship.replica.format.ltx import Encoder, Header
 from walship.replica.format.types import LEVEL_SNAPSHOT
-from walship.replica.level_settings import LevelSettings
 from walship.replica.levels import KEPT_L0
 from walship.replica.listing import list_replica
 from walship.replica.plan import plan

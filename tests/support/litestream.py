@@ -12,7 +12,7 @@ from pathlib import Path
 
 from support.servers import S3Endpoint
 from walship.replica.clock import SystemClock
-from walship.replica.config import parse_replica
+from walship.replica.config.sources import parse_replica
 from walship.replica.restore import list_replica
 from walship.replica.store.base import ObjectStore
 from walship.replica.store.opening import open_store

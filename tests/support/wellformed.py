@@ -21,9 +21,9 @@ from typing import Any, Final
 import kubernetes_validate
 import yaml
 
-from walship.replica.config import load_config
+from walship.replica.config.settings import DatabaseSettings
+from walship.replica.config.sources import load_config
 from walship.replica.errors import ConfigError
-from walship.replica.settings import DatabaseSettings
 
 __all__ = [
     "VARIABLES",

@@ -10,7 +10,7 @@ import pytest
 
 from support.clock import FakeClock
 from support.recording import RecordingEndpoint, every_host_is, recording_endpoint
-from walship.replica.config import parse_replica
+from walship.replica.config.sources import parse_replica
 from walship.replica.store.base import ObjectStore
 from walship.replica.store.lean import LeanClient
 from walship.replica.store.opening import open_store

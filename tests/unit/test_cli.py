@@ -18,7 +18,7 @@ from support.clock import FakeClock
 from support.replicas import GOLDEN, golden_copy, manifest, sha256, write_pages
 from walship import __version__, cli
 from walship.commands import exits
-from walship.replica import config as configuration
+from walship.replica.config import sources as configuration
 from walship.replica.errors import ConfigError
 from walship.replica.restore_front import parse_time
 from walship.replica.verify import Verification, remember

@@ -8,7 +8,7 @@ from pathlib import Path
 import apsw
 import pytest
 
-from walship.replica.config import DatabaseSettings, Settings, load_config
+from walship.replica.config.sources import DatabaseSettings, Settings, load_config
 from walship.replica.errors import ConfigError
 from walship.replica.store.settings import LocalSettings, S3Settings
 

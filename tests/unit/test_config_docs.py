@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from walship.replica.config import (
+from walship.replica.config.settings import DatabaseSettings, Parser, ReplicaSettings
+from walship.replica.config.sources import (
     CONFIG_PLACES,
     DATABASE_KEYS,
     DIRECTORY_KEYS,
@@ -16,15 +17,14 @@ from walship.replica.config import (
     REPLICA_KEYS,
     WITHOUT_EFFECT,
 )
-from walship.replica.settings import DatabaseSettings, Parser, ReplicaSettings
-from walship.replica.store.settings import S3Settings
-from walship.replica.values import (
+from walship.replica.config.values import (
     parse_bool,
     parse_duration,
     parse_int,
     parse_size,
     parse_text,
 )
+from walship.replica.store.settings import S3Settings
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from walship.replica.config import DatabaseSettings, load_config
+from walship.replica.config.sources import DatabaseSettings, load_config
 from walship.replica.errors import ConfigError
 from walship.replica.store.settings import S3Settings
 

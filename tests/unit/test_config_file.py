@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from walship.replica.config import DatabaseSettings, LoggingSettings, Settings, load_config
+from walship.replica.config.levels import LevelSettings
+from walship.replica.config.sources import DatabaseSettings, LoggingSettings, Settings, load_config
 from walship.replica.errors import ConfigError
-from walship.replica.level_settings import LevelSettings
 from walship.replica.store.settings import LocalSettings, S3Settings
 
 Load = Callable[..., Settings]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from walship.replica import config
-from walship.replica.config import find_config
+from walship.replica.config import sources as config
+from walship.replica.config.sources import find_config
 
 
 @pytest.fixture

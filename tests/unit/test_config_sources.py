@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from walship.replica.config import (
+from walship.replica.config.levels import LEVEL_KEYS
+from walship.replica.config.sources import (
     DATABASE_KEYS,
     REPLICA_KEYS,
     WITHOUT_EFFECT,
@@ -21,7 +22,6 @@ from walship.replica.config import (
     parse_replica,
 )
 from walship.replica.errors import ConfigError
-from walship.replica.level_settings import LEVEL_KEYS
 from walship.replica.store.settings import LocalSettings, S3Settings
 
 MIB = 1024 * 1024
@@ -503,7 +503,7 @@ def test_nothing_is_connected_or_imported() -> None:
     import sys
 
     program = (
-        "import sys; from walship.replica.config import parse_replica; "
+        "import sys; from walship.replica.config.sources import parse_replica; "
         "import walship.replica.store.opening; "
         "parse_replica('s3://b/p', environ={}); "
         "assert not {'boto3', 'botocore', 'urllib3'} & set(sys.modules)"

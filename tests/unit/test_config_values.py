@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from walship.replica.errors import ConfigError
-from walship.replica.values import (
+from walship.replica.config.values import (
     nearest,
     parse_bool,
     parse_choice,
@@ -16,6 +15,7 @@ from walship.replica.values import (
     parse_size,
     parse_text,
 )
+from walship.replica.errors import ConfigError
 
 
 @pytest.mark.parametrize(

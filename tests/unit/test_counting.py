@@ -10,7 +10,7 @@ import pytest
 from support.clock import FakeClock
 from support.faulty import FaultyStore
 from support.servers import S3Endpoint
-from walship.replica.config import parse_replica
+from walship.replica.config.sources import parse_replica
 from walship.replica.counts import BUCKETS_S, Operation, RequestCounts
 from walship.replica.errors import ObjectNotFound, PreconditionFailed, StoreUnavailable
 from walship.replica.host import Host

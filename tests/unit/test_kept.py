@@ -9,8 +9,8 @@ import pytest
 
 from support.life import Life
 from walship.replica.compaction import Kept
+from walship.replica.config.levels import LevelSettings
 from walship.replica.files import Files
-from walship.replica.level_settings import LevelSettings
 from walship.replica.store.base import SegmentInfo
 
 

@@ -20,6 +20,7 @@ LAYERS = "Imports point down: cli, commands, sidecar, middleware, aio, logs, vfs
 COMMANDS = "Imports point down: commands, what they share"
 SIDECAR = "Imports point down: commands of the sidecar, its service, one database"
 ENGINE = "Imports point down: engine, store, format, base"
+CONFIG = "Imports point down: where settings come from, what they say"
 BOTO = "Only the S3 store knows boto3"
 SQLITE = "SQLite is reached through the VFS, the port and those that check or write files"
 SEES = "The VFS sees no store and no format"
@@ -33,12 +34,13 @@ VIOLATIONS = [
     (LAYERS, "replica/capture.py", "from walship import connect"),
     (ENGINE, "replica/errors.py", "import walship.replica.clock"),
     (ENGINE, "replica/format/wal.py", "import walship.replica.store.base"),
-    (ENGINE, "replica/store/s3.py", "import walship.replica.config"),
+    (ENGINE, "replica/store/s3.py", "import walship.replica.config.sources"),
     (ENGINE, "replica/spool.py", "import walship.replica.capture"),
     (ENGINE, "replica/capture.py", "import walship.replica.uploader"),
     (ENGINE, "replica/uploader.py", "import walship.replica.engine"),
     (ENGINE, "replica/restore.py", "import walship.replica.capture"),
-    (ENGINE, "replica/doctor/probe.py", "import walship.replica.settings"),
+    (ENGINE, "replica/config/url.py", "import walship.replica.doctor.probe"),
+    (CONFIG, "replica/config/values.py", "import walship.replica.config.settings"),
     (ENGINE, "replica/unlisted.py", ""),
     (BOTO, "replica/store/local.py", "import boto3"),
     (BOTO, "cli.py", "import botocore.session"),
@@ -87,7 +89,7 @@ def test_layers_hold(tmp_path: Path) -> None:
     """Every contract is kept by the sources as they are."""
     done = lint(copy_sources(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "7 kept, 0 broken" in done.stdout
+    assert "8 kept, 0 broken" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from walship.replica.level_settings import LevelSettings
+from walship.replica.config.levels import LevelSettings
 from walship.replica.levels import (
     KEPT_L0,
     MAX_INPUTS,

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import pytest
 
 from walship.logs import JSONFormatter, PrettyFormatter, TextFormatter, logging_to
-from walship.replica.config import log_level
-from walship.replica.config_file import LoggingSettings
+from walship.replica.config.file import LoggingSettings
+from walship.replica.config.sources import log_level
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from walship.replica.config.url import is_private_host, normalize_endpoint, parse_url, provider_of
 from walship.replica.errors import ConfigError
-from walship.replica.url import is_private_host, normalize_endpoint, parse_url, provider_of
 
 
 @pytest.mark.parametrize(

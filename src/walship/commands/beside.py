@@ -10,18 +10,18 @@ from walship.commands.exits import EXIT_OK
 from walship.commands.output import print_json
 from walship.commands.targets import load, required_config
 from walship.replica.clock import Clock
-from walship.replica.config import (
+from walship.replica.config.file import SocketSettings
+from walship.replica.config.settings import database_file, database_path
+from walship.replica.config.sources import (
     Settings,
     database_settings,
     log_level,
     parse_replica,
 )
-from walship.replica.config_file import SocketSettings
 from walship.replica.errors import (
     ConfigError,
 )
 from walship.replica.format.types import format_txid
-from walship.replica.settings import database_file, database_path
 from walship.sidecar.commands import control, replicate, socket_of
 from walship.vfs.registry import canonical
 

@@ -13,7 +13,8 @@ from walship.commands.exits import EXIT_OK, VERIFY_CODES, exit_code
 from walship.commands.output import human_size, one_line, print_json, print_table, say, timestamp
 from walship.commands.targets import kind_of, load, required_config
 from walship.replica.clock import Clock
-from walship.replica.config import (
+from walship.replica.config.settings import ReplicaSettings, database_file
+from walship.replica.config.sources import (
     default_replica,
 )
 from walship.replica.errors import (
@@ -24,7 +25,6 @@ from walship.replica.format.types import format_txid
 from walship.replica.overview import Overview, ask_running, look_at
 from walship.replica.process import started_ms
 from walship.replica.reset import reset
-from walship.replica.settings import ReplicaSettings, database_file
 from walship.replica.spool import state_directory
 from walship.replica.verify import last_verified
 from walship.sidecar.commands import control

@@ -6,7 +6,7 @@ import argparse
 import re
 from typing import Any, NoReturn
 
-from walship.replica.config_file import SOCKET_PATH
+from walship.replica.config.file import SOCKET_PATH
 from walship.replica.errors import (
     ConfigError,
     FormatError,

@@ -21,6 +21,8 @@ from walship.commands.output import (
 )
 from walship.commands.targets import kind_of, opened, replica_of, state_directory_of
 from walship.replica.clock import Clock
+from walship.replica.config.settings import ReplicaSettings
+from walship.replica.config.values import parse_duration
 from walship.replica.errors import (
     ConfigError,
     NoBackupError,
@@ -36,10 +38,8 @@ from walship.replica.restore import (
     restore,
 )
 from walship.replica.restore_front import labelled, parse_time, progress_bar, refuse_replicated
-from walship.replica.settings import ReplicaSettings
 from walship.replica.spool import state_directory
 from walship.replica.store.base import ObjectStore
-from walship.replica.values import parse_duration
 
 __all__ = ["run_restore"]
 

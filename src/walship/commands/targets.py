@@ -10,7 +10,8 @@ from contextlib import closing
 from pathlib import Path
 
 from walship.replica.clock import Clock
-from walship.replica.config import (
+from walship.replica.config.settings import DatabaseSettings, ReplicaSettings, database_path
+from walship.replica.config.sources import (
     CONFIG_PLACES,
     Settings,
     default_replica,
@@ -18,16 +19,15 @@ from walship.replica.config import (
     load_config,
     parse_replica,
 )
+from walship.replica.config.url import is_url
 from walship.replica.errors import (
     ConfigError,
 )
-from walship.replica.settings import DatabaseSettings, ReplicaSettings, database_path
 from walship.replica.spool import state_directory
 from walship.replica.store.base import ObjectStore
 from walship.replica.store.opening import open_store
 from walship.replica.store.retrying import RetryingStore
 from walship.replica.store.settings import LocalSettings
-from walship.replica.url import is_url
 
 __all__ = [
     "in_file",

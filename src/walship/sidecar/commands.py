@@ -10,9 +10,9 @@ from typing import Any, Final
 
 from walship import __version__
 from walship.logs import logging_to
-from walship.replica.config_file import SOCKET_PATH, Settings
+from walship.replica.config.file import SOCKET_PATH, Settings
+from walship.replica.config.settings import DatabaseSettings
 from walship.replica.errors import ConfigError
-from walship.replica.settings import DatabaseSettings
 from walship.vfs.registry import canonical, registry
 from walship.vfs.services import services
 

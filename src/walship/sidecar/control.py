@@ -35,7 +35,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from walship import __version__
 from walship.replica.clock import SystemClock
-from walship.replica.config import database_settings
+from walship.replica.config.sources import database_settings
 from walship.replica.errors import ClosedError, ConfigError, ReplicaError
 from walship.replica.plan import format_time
 from walship.replica.sqlite import NotYetReplicated

@@ -16,10 +16,10 @@ from typing import Final
 
 import apsw
 
+from walship.replica.config.settings import DatabaseSettings
 from walship.replica.engine import Engine
 from walship.replica.errors import ReplicaError
 from walship.replica.format.walindex import IndexHeader
-from walship.replica.settings import DatabaseSettings
 from walship.vfs.connection import connect, replication
 from walship.vfs.registry import canonical, registry
 

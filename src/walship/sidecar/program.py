@@ -19,8 +19,8 @@ from types import FrameType
 from typing import Final
 
 from walship.replica.clock import SystemClock
+from walship.replica.config.settings import DatabaseSettings
 from walship.replica.errors import ConfigError, ReplicaError
-from walship.replica.settings import DatabaseSettings
 from walship.replica.sqlite import NotYetReplicated
 
 from .database import Sidecar

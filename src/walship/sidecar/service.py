@@ -7,8 +7,8 @@ import threading
 from collections.abc import Iterable
 from typing import Final
 
+from walship.replica.config.settings import DatabaseSettings
 from walship.replica.errors import ConfigError
-from walship.replica.settings import DatabaseSettings
 from walship.vfs.registry import canonical
 
 from .worker import Worker

@@ -13,9 +13,9 @@ from typing import Final, Literal
 import apsw
 
 from walship.replica.clock import SystemClock
+from walship.replica.config.settings import DatabaseSettings
 from walship.replica.engine import restore_if_missing
 from walship.replica.errors import ClosedError, ConfigError, ContinuityError, ReplicaError
-from walship.replica.settings import DatabaseSettings
 from walship.replica.sqlite import FencedError, RefusedError
 
 from .database import Sidecar

@@ -1,7 +1,7 @@
 """The settings themselves: their names, how each is read, which values fit together.
 
-Values come in as plain mappings by hyphenated name; ``replica.config`` collects them from keywords,
-files and the environment.  Reads no environment and no file (but a key file that a setting names).
+Values come in as plain mappings by hyphenated name; ``sources`` collects them from keywords, files
+and the environment.  Reads no environment and no file (but a key file that a setting names).
 """
 
 from __future__ import annotations
@@ -15,20 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
-from walship.replica.errors import ConfigError
-from walship.replica.format.types import is_page_size
-from walship.replica.level_settings import (
+from walship.replica.config.levels import (
     LEVEL_KEYS,
     LevelSettings,
     level_settings,
 )
-from walship.replica.store.settings import (
-    DEFAULT_PART_SIZE,
-    LocalSettings,
-    S3Settings,
-    StoreSettings,
-)
-from walship.replica.url import (
+from walship.replica.config.url import (
     UNSUPPORTED,
     clean_path,
     is_private_host,
@@ -38,7 +30,7 @@ from walship.replica.url import (
     provider_of,
     region_of,
 )
-from walship.replica.values import (
+from walship.replica.config.values import (
     nearest,
     parse_bool,
     parse_choice,
@@ -46,6 +38,14 @@ from walship.replica.values import (
     parse_int,
     parse_size,
     parse_text,
+)
+from walship.replica.errors import ConfigError
+from walship.replica.format.types import is_page_size
+from walship.replica.store.settings import (
+    DEFAULT_PART_SIZE,
+    LocalSettings,
+    S3Settings,
+    StoreSettings,
 )
 
 __all__ = [

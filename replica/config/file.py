@@ -1,6 +1,6 @@
 """What a configuration file says: its databases, directories and what concerns the whole program.
 
-The tree that ``replica.config_text`` made of it comes in, `Settings` go out.  Files have
+The tree that ``replica.config.text`` made of it comes in, `Settings` go out.  Files have
 Litestream's format; keys may be written with hyphens or underscores.
 """
 
@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from walship.replica.directories import DIRECTORY_KEYS, DirectorySettings
-from walship.replica.errors import ConfigError
-from walship.replica.settings import (
+from walship.replica.config.directories import DIRECTORY_KEYS, DirectorySettings
+from walship.replica.config.settings import (
     DATABASE_KEYS,
     REFUSED,
     REPLICA_KEYS,
@@ -30,8 +29,7 @@ from walship.replica.settings import (
     make_database,
     make_replica,
 )
-from walship.replica.store.settings import LocalSettings
-from walship.replica.values import (
+from walship.replica.config.values import (
     parse_address,
     parse_bool,
     parse_choice,
@@ -39,6 +37,8 @@ from walship.replica.values import (
     parse_text,
     parse_web_url,
 )
+from walship.replica.errors import ConfigError
+from walship.replica.store.settings import LocalSettings
 
 __all__ = [
     "GLOBAL_KEYS",

@@ -9,9 +9,8 @@ both are understood everywhere.  Which of several sources wins, from the first t
 4. ``AWS_*`` variables; where one is unset, its ``LITESTREAM_*`` counterpart,
 5. the AWS SDK's own chain (profiles, instance roles).
 
-Files have Litestream's format: ``replica.config_text`` reads the text, ``replica.config_file`` what
-is in it.  The settings are in ``replica.settings``, URLs and providers in ``replica.url``, readers
-of single values in ``replica.values``.
+Files have Litestream's format: ``text`` reads the text, ``file`` what is in it.  The settings
+are in ``settings``, URLs and providers in ``url``, readers of single values in ``values``.
 """
 
 from __future__ import annotations
@@ -21,17 +20,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from walship.replica.config_file import (
+from walship.replica.config.directories import DIRECTORY_KEYS, DirectorySettings
+from walship.replica.config.file import (
     GLOBAL_KEYS,
     LOG_LEVELS,
     LoggingSettings,
     Settings,
     read_settings,
 )
-from walship.replica.config_text import expand_text, load_text
-from walship.replica.directories import DIRECTORY_KEYS, DirectorySettings
-from walship.replica.errors import ConfigError
-from walship.replica.settings import (
+from walship.replica.config.settings import (
     DATABASE_KEYS,
     REFUSED,
     REPLICA_KEYS,
@@ -43,7 +40,9 @@ from walship.replica.settings import (
     make_database,
     make_replica,
 )
-from walship.replica.values import nearest
+from walship.replica.config.text import expand_text, load_text
+from walship.replica.config.values import nearest
+from walship.replica.errors import ConfigError
 
 __all__ = [
     "CONFIG_PLACES",
@@ -208,7 +207,7 @@ def load_config(
             load_text(text, variables, expand=expand_env), variables, strict=strict
         )
     except ConfigError as error:
-        from walship.replica.yaml_text import line_of  # loaded by now
+        from walship.replica.config.yaml_text import line_of  # loaded by now
 
         line = line_of(text, str(error))
         where = "" if line is None else f" (line {line})"

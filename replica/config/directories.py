@@ -19,9 +19,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
+from walship.replica.config.settings import DatabaseSettings, Parser
+from walship.replica.config.values import parse_bool, parse_text
 from walship.replica.errors import ConfigError
-from walship.replica.settings import DatabaseSettings, Parser
-from walship.replica.values import parse_bool, parse_text
 
 __all__ = ["DIRECTORY_KEYS", "DirectorySettings"]
 

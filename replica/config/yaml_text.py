@@ -1,7 +1,7 @@
 """YAML where every value but null stays text as it is written.
 
-So ``no``, ``010`` and ``1:30`` are what they look like; the readers of ``replica.values`` know what
-a setting is.  Import it late: nothing else needs the YAML library, which takes long to load.
+So ``no``, ``010`` and ``1:30`` are what they look like; the readers of ``values`` know what a
+setting is.  Import it late: nothing else needs the YAML library, which takes long to load.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The text of a configuration file to a tree of mappings, lists and text.
 
-Two steps: YAML (``replica.yaml_text``), and then the variables in the values.  What the names mean
-is not known here (``replica.config_file``).
+Two steps: YAML (``yaml_text``), and then the variables in the values.  What the names mean is not
+known here (``file``).
 """
 
 from __future__ import annotations

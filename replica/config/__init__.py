@@ -1,0 +1,1 @@
+"""Settings: where they come from, what they say, and what they mean."""
