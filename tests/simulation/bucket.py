@@ -173,7 +173,7 @@ class Bucket:
         """What was held on its way lands soon."""
         held, self.held = self.held, []
         for what, effect in held:
-            self.later(what, effect, self.rng.choice((0.0, 0.3, 1.0, 3.0)) + self.rng.random())
+            self.later(what, effect, self.rng.choice((0.0, 1.0, 1.0, 1.5)) + self.rng.random())
 
     def _land(self, number: int) -> None:
         landing = self.pending.pop(number, None)

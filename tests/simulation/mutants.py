@@ -216,9 +216,10 @@ def _twins(profile: Profile) -> None:
 def _latecomers(profile: Profile) -> None:
     """One is stopped with a segment on its way, which lands when another one has taken over."""
     profile.machines, profile.processes, profile.lease_s, profile.fence_wait_s = 2, 1, 5.0, 60.0
-    profile.directory, profile.on_fenced, profile.ops = False, "refuse", 150
+    profile.directory, profile.on_fenced, profile.ops = False, "refuse", 300
     profile.open_timeout_s, profile.interval_s = 100.0, 1.0
-    profile.events, profile.chaos, profile.pause_s = ("straggle",), 12, 8.0
+    profile.level_s, profile.snapshot_s = 3600.0, 86400.0  # each TXID can be looked at
+    profile.events, profile.chaos, profile.pause_s = ("straggle",), 24, 6.0
 
 
 def _merging_twins(profile: Profile) -> None:
