@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -567,13 +568,14 @@ def test_a_file_that_is_taken_away(replaced: bool, tmp_path: Path) -> None:
         connection.execute("CREATE TABLE t (x)")
         database.sync()
         if replaced:
-            (tmp_path / "new.db").write_bytes(database.path.read_bytes())
+            # By another process: closing it in this one would drop SQLite's locks on it.
+            subprocess.run(["cp", database.path, tmp_path / "new.db"], check=True)
             (tmp_path / "new.db").replace(database.path)
         else:
             for suffix in ("", "-wal", "-shm"):
                 Path(f"{database.path}{suffix}").unlink()
-        connection.execute("INSERT INTO t VALUES (1)")
         with pytest.raises(walship.RefusedError, match="deleted, renamed or replaced"):
+            connection.execute("INSERT INTO t VALUES (1)")  # perhaps noticed here already
             while True:
                 walship.replication(connection).sync(WAIT_S)
                 assert replaced, "a commit to a deleted file was acknowledged"
