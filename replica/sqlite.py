@@ -315,6 +315,8 @@ class SqlitePort:
         # Guards `_probe`, which any thread may use for the microseconds a NOOP takes.
         self._probe_lock = threading.Lock()
         self._probe: apsw.Connection | None = None
+        # Whether it has the WAL open: from then on it has a lock on the main file all the time.
+        self._probe_in_wal = False
         self._shut = False
         #: Why the wal-index could not be had last.
         self.trouble = ""
@@ -461,8 +463,10 @@ class SqlitePort:
         for _ in range(_PROBE_ATTEMPTS):
             try:
                 if self._probe is None:
-                    self._probe = self._open()
-                return _ask(self._probe)
+                    self._probe, self._probe_in_wal = self._open(), False
+                published = _ask(self._probe)
+                self._probe_in_wal = self._probe_in_wal or published is not None
+                return published
             except (apsw.ConnectionClosedError, apsw.ThreadingViolationError):
                 self._probe = None  # another one is had sooner than its use ends
         raise apsw.BusyError("others use walship's connections all the time")
@@ -494,7 +498,9 @@ class SqlitePort:
         """
         with self._probe_lock:
             if self._probe is None or self._watch < 0 or not hasattr(fcntl, "F_OFD_GETLK"):
-                return False  # only an open connection in WAL mode is sure to hold one
+                return False
+            if not self._probe_in_wal:
+                return False  # while the mode is changed, for one, nobody need hold any
             query = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _SHARED_FIRST, _SHARED_SIZE, 0)
             answer = fcntl.fcntl(self._watch, fcntl.F_OFD_GETLK, query)
             if _FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:

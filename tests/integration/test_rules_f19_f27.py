@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sqlite3
 import subprocess
@@ -550,3 +551,22 @@ def test_f27_no_mark_is_held_for_a_put(tmp_path: Path, monkeypatch: pytest.Monke
         stores.release()
         database.assert_replica_equals_now()
     database.assert_replica_equals_file()
+
+
+def test_locks_are_missed_only_where_there_were_some(tmp_path: Path) -> None:
+    """A file that is not in WAL mode yet has none; in WAL mode they are missed once they are gone."""
+    path = tmp_path / "app.db"
+    connection = apsw.Connection(str(path))
+    connection.execute("CREATE TABLE t (x)")
+    port = SqlitePort(str(path))
+    assert port.published() is None
+    assert not port.has_lost_locks()
+    connection.pragma("journal_mode", "wal")
+    connection.execute("INSERT INTO t VALUES (1)")
+    assert port.published() is not None
+    assert not port.has_lost_locks()
+    path.open("rb").close()
+    assert port.has_lost_locks() == hasattr(fcntl, "F_OFD_GETLK")
+    port.close()
+    port.release()
+    connection.close(True)
