@@ -554,7 +554,7 @@ def test_f27_no_mark_is_held_for_a_put(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_locks_are_missed_only_where_there_were_some(tmp_path: Path) -> None:
-    """A file that is not in WAL mode yet has none; in WAL mode they are missed once they are gone."""
+    """A file that is not in WAL mode yet has none; in WAL mode it is noticed that they are gone."""
     path = tmp_path / "app.db"
     connection = apsw.Connection(str(path))
     connection.execute("CREATE TABLE t (x)")
