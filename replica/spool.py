@@ -42,6 +42,7 @@ from typing import Any, Final, NamedTuple
 import xxhash
 
 from .clock import Clock
+from .config.settings import state_name
 from .election import Locks
 from .errors import FormatError
 from .files import OS_FILES, Files
@@ -262,7 +263,7 @@ def state_directory(path: str | os.PathLike[str], meta_path: str | None = None) 
     if meta_path:
         return Path(meta_path)
     directory, name = os.path.split(os.fspath(path))
-    return Path(directory, f".{name}-walship")
+    return Path(directory, state_name(name))
 
 
 def _scalars(state: State) -> dict[str, Any]:

@@ -400,7 +400,7 @@ class Uploader:
         if not self._locks.lead():
             return self._follow(now)
         if self._vanished:
-            if any(slot.in_flight for slot in self._slots.values()):
+            if self._is_sending():
                 return TICK_S
             self._start_over()
         if not self._leading and not self._begin_to_lead():
@@ -492,6 +492,10 @@ class Uploader:
         self.dirty = True
         self._retry_at = float("-inf")
         return True
+
+    def _is_sending(self) -> bool:
+        """Whether any segment is on its way."""
+        return any(slot.in_flight for slot in self._slots.values())
 
     def _start_over(self) -> None:
         """Bucket or lease are gone: what comes back in their place may be empty, so the replica is
@@ -641,7 +645,7 @@ class Uploader:
         What was frozen may be under way still, and must not meet what takes its TXIDs: it is waited
         for.  Where some of it has arrived it rests on a segment that has not, and gives way.
         """
-        if any(slot.in_flight for slot in self._slots.values()):
+        if self._is_sending():
             return
         segment = latecomer.segment
         self._capture.record.go_on_behind(

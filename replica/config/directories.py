@@ -19,9 +19,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
-from walship.replica.config.settings import DatabaseSettings, Parser
-from walship.replica.config.values import parse_bool, parse_text
 from walship.replica.errors import ConfigError
+
+from .settings import DatabaseSettings, Parser, state_name
+from .values import parse_bool, parse_text
 
 __all__ = ["DIRECTORY_KEYS", "DirectorySettings"]
 
@@ -129,7 +130,7 @@ class DirectorySettings:
     def _settings(self, relative: Path) -> DatabaseSettings:
         assert self.template.replica is not None
         file = self._root / relative
-        state = f".{relative.name}-walship"
+        state = state_name(relative.name)
         beside = file.parent if self.meta_dir is None else self.meta_dir / relative.parent
         store = self.template.replica.store.below(relative.as_posix())
         return replace(

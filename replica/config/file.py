@@ -1,6 +1,6 @@
 """What a configuration file says: its databases, directories and what concerns the whole program.
 
-The tree that ``replica.config.text`` made of it comes in, `Settings` go out.  Files have
+The tree that ``text`` made of it comes in, `Settings` go out.  Files have
 Litestream's format; keys may be written with hyphens or underscores.
 """
 
@@ -12,8 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from walship.replica.config.directories import DIRECTORY_KEYS, DirectorySettings
-from walship.replica.config.settings import (
+from walship.replica.errors import ConfigError
+from walship.replica.store.settings import LocalSettings
+
+from .directories import DIRECTORY_KEYS, DirectorySettings
+from .settings import (
     DATABASE_KEYS,
     REFUSED,
     REPLICA_KEYS,
@@ -29,7 +32,7 @@ from walship.replica.config.settings import (
     make_database,
     make_replica,
 )
-from walship.replica.config.values import (
+from .values import (
     parse_address,
     parse_bool,
     parse_choice,
@@ -37,8 +40,6 @@ from walship.replica.config.values import (
     parse_text,
     parse_web_url,
 )
-from walship.replica.errors import ConfigError
-from walship.replica.store.settings import LocalSettings
 
 __all__ = [
     "GLOBAL_KEYS",

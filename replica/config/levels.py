@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
-from walship.replica.config.values import parse_bool, parse_duration
 from walship.replica.errors import ConfigError
 from walship.replica.format.types import LEVEL_SNAPSHOT
+
+from .values import parse_bool, parse_duration
 
 __all__ = ["LEVEL_KEYS", "LevelSettings", "level_settings"]
 

@@ -15,12 +15,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
-from walship.replica.config.levels import (
+from walship.replica.errors import ConfigError
+from walship.replica.format.types import is_page_size
+from walship.replica.store.settings import (
+    DEFAULT_PART_SIZE,
+    LocalSettings,
+    S3Settings,
+    StoreSettings,
+)
+
+from .levels import (
     LEVEL_KEYS,
     LevelSettings,
     level_settings,
 )
-from walship.replica.config.url import (
+from .url import (
     UNSUPPORTED,
     clean_path,
     is_private_host,
@@ -30,7 +39,7 @@ from walship.replica.config.url import (
     provider_of,
     region_of,
 )
-from walship.replica.config.values import (
+from .values import (
     nearest,
     parse_bool,
     parse_choice,
@@ -38,14 +47,6 @@ from walship.replica.config.values import (
     parse_int,
     parse_size,
     parse_text,
-)
-from walship.replica.errors import ConfigError
-from walship.replica.format.types import is_page_size
-from walship.replica.store.settings import (
-    DEFAULT_PART_SIZE,
-    LocalSettings,
-    S3Settings,
-    StoreSettings,
 )
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "known_values",
     "make_database",
     "make_replica",
+    "state_name",
 ]
 
 _log = logging.getLogger(__name__)
@@ -559,12 +561,17 @@ def make_database(
     if more.get("busy_timeout_s", 0.0) > _MAX_BUSY_TIMEOUT_S:
         raise ConfigError(f"busy-timeout: {_MAX_BUSY_TIMEOUT_S} s at most")
     meta_path = values.get("meta-path")
-    directory = absolute(str(meta_path)) if meta_path else file.parent / f".{file.name}-walship"
+    directory = absolute(str(meta_path)) if meta_path else file.parent / state_name(file.name)
     if directory == file:
         raise ConfigError(f"meta-path: {file} is the database itself")
     if replica is not None and isinstance(replica.store, LocalSettings):
         _check_apart(replica.store.path, file, directory)
     return DatabaseSettings(path=file, meta_path=directory, replica=replica, **more)
+
+
+def state_name(name: str) -> str:
+    """Of the directory beside a database file of this name, where its local state lies."""
+    return f".{name}-walship"
 
 
 def _check_apart(replica: Path, file: Path, directory: Path) -> None:

@@ -20,15 +20,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from walship.replica.config.directories import DIRECTORY_KEYS, DirectorySettings
-from walship.replica.config.file import (
+from walship.replica.errors import ConfigError
+
+from .directories import DIRECTORY_KEYS, DirectorySettings
+from .file import (
     GLOBAL_KEYS,
     LOG_LEVELS,
     LoggingSettings,
     Settings,
     read_settings,
 )
-from walship.replica.config.settings import (
+from .settings import (
     DATABASE_KEYS,
     REFUSED,
     REPLICA_KEYS,
@@ -40,9 +42,8 @@ from walship.replica.config.settings import (
     make_database,
     make_replica,
 )
-from walship.replica.config.text import expand_text, load_text
-from walship.replica.config.values import nearest
-from walship.replica.errors import ConfigError
+from .text import expand_text, load_text
+from .values import nearest
 
 __all__ = [
     "CONFIG_PLACES",
@@ -207,7 +208,7 @@ def load_config(
             load_text(text, variables, expand=expand_env), variables, strict=strict
         )
     except ConfigError as error:
-        from walship.replica.config.yaml_text import line_of  # loaded by now
+        from .yaml_text import line_of  # loaded by now
 
         line = line_of(text, str(error))
         where = "" if line is None else f" (line {line})"

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import unquote, urlsplit
 
-from walship.replica.config.values import nearest
 from walship.replica.errors import ConfigError
+
+from .values import nearest
 
 __all__ = [
     "UNSUPPORTED",

@@ -21,7 +21,7 @@ from support.databases import WAIT_S, Database, Stores
 from support.litestream import Litestream, Place, in_bucket, in_directory
 from support.recording import Answer, RecordingEndpoint, Request, error_answer, recording_endpoint
 from support.servers import S3Endpoint
-from support.workers import Worker, WorkerError, Workers, rows_of, workers
+from support.workers import Row, Worker, WorkerError, Workers, rows_of, workers
 from walship.replica.clock import SystemClock
 from walship.replica.fence import LEASE_KEY, Lease, parse_lease
 from walship.replica.restore import restore
@@ -378,6 +378,17 @@ def test_a_copy_of_a_state_directory(hosts: Hosts) -> None:
     assert hosts.fleet.committed() <= rows_of(hosts.restore())
 
 
+def _die_sending(hosts: Hosts, last: str) -> tuple[int, set[Row]]:
+    """A writer that dies after its ``last`` commits; the TXID before them, and what it holds."""
+    a = hosts.start("a")
+    a.run("insert(2)")
+    acknowledged = int(a.run("engine().uploader.replicated_txid"))
+    kept = set(a.committed)
+    a.run(last)
+    a.kill()
+    return acknowledged, kept
+
+
 def test_what_a_dead_writer_had_in_flight(
     fleet: Workers, tmp_path: Path, minio_server: S3Endpoint
 ) -> None:
@@ -385,12 +396,7 @@ def test_what_a_dead_writer_had_in_flight(
     owner's, not even for a moment."""
     bucket = minio_server.make_bucket()
     hosts = Hosts(fleet, tmp_path, Place(minio_server.replica(bucket, "app"), ""))
-    a = hosts.start("a")
-    a.run("insert(2)")
-    acknowledged = a.run("engine().uploader.replicated_txid")
-    kept = set(a.committed)
-    a.run("insert(3)")
-    a.kill()
+    acknowledged, kept = _die_sending(hosts, "insert(3)")
     client = minio_server.client()
     lost = f"{acknowledged + 1:016x}"
     client.delete_object(Bucket=bucket, Key=f"app/0000/{lost}-{lost}.ltx")
@@ -408,12 +414,7 @@ def test_what_a_former_writer_had_in_flight_comes_late(
     behind, and nothing of it is in the database any more."""
     bucket = minio_server.make_bucket()
     hosts = Hosts(fleet, tmp_path, Place(minio_server.replica(bucket, "app"), ""))
-    a = hosts.start("a")
-    a.run("insert(2)")
-    acknowledged = a.run("engine().uploader.replicated_txid")
-    kept = set(a.committed)
-    a.run("insert(2, 20000)")
-    a.kill()
+    acknowledged, kept = _die_sending(hosts, "insert(2, 20000)")
     client = minio_server.client()
     names = [f"{acknowledged + n:016x}" for n in (1, 2)]
     keys = [f"app/0000/{name}-{name}.ltx" for name in names]
